@@ -1,0 +1,54 @@
+"""How every entry point starts and ends: flags, one-line errors, Ctrl-C."""
+
+import os
+import sys
+
+from absl import app, flags
+
+from lever_jax.errors import InputError as PolicyInputError
+from qwen_bridge.errors import InputError as BridgeInputError
+
+BAD_INPUT, INTERRUPTED = 2, 130
+
+
+def run(main) -> None:
+    """Runs `main()` with parsed flags; bad input is one line and exit code 2, no traceback.
+
+    After Ctrl-C everything that was committed stays, and the same command resumes.
+    """
+
+    def guarded(argv):
+        try:
+            if len(argv) > 1:
+                raise BridgeInputError(f"unexpected argument {argv[1]!r}; flags begin with --")
+            main()
+        except (PolicyInputError, BridgeInputError) as error:
+            _say(f"error: {error}")
+            sys.exit(BAD_INPUT)
+        except KeyboardInterrupt:
+            _say("stopped; what was scored is kept, and the same command resumes from here")
+            sys.exit(INTERRUPTED)
+
+    app.run(guarded, flags_parser=_parse)
+
+
+def _parse(argv):
+    try:
+        return flags.FLAGS(argv)
+    except flags.Error as error:
+        message = " ".join(str(error).split())
+        _say(f"error: {message}; see --helpshort")
+        sys.exit(BAD_INPUT)
+
+
+def _say(line: str) -> None:
+    sys.stdout.flush()
+    print(line, file=sys.stderr, flush=True)
+
+
+def share_gpu() -> None:
+    """Keeps JAX from taking most of the GPU's memory: the VLM needs it, the selector is small.
+
+    To be called before JAX is first used.
+    """
+    os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.06")

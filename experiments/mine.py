@@ -1,0 +1,34 @@
+"""Mines training data and says whether it is worth training on; trains no RCE, no GRPO.
+
+    python -m experiments.mine --flagfile=grpo.flags
+
+Does phases 1 to 4 of `experiments.train`; a later `train` in the same workdir goes on from there.
+"""
+
+import pathlib
+import time
+
+from experiments import cli, settings
+from experiments.metrics import MetricsLog
+from experiments.progress import stage
+from experiments.session import open_session
+from experiments.train import make_data, print_costs
+
+
+def main():
+    started = time.monotonic()
+    settings.evaluated_shots()
+    workdir = pathlib.Path(settings.WORKDIR.value)
+    workdir.mkdir(parents=True, exist_ok=True)
+    stage(f"open: {workdir}")
+    with open_session(workdir) as session:
+        settings.save_flags(workdir)
+        log = MetricsLog(workdir)
+        make_data(session, log)
+        log.close()
+        print_costs(session, time.monotonic() - started)
+
+
+if __name__ == "__main__":
+    cli.share_gpu()
+    cli.run(main)

@@ -1,0 +1,384 @@
+"""The phases of a run, each resumable: warm-up, mining, health, RCE, GRPO, evaluation.
+
+A phase that trains ends with a checkpoint, which holds its *recipe*: everything that decided its
+parameters, the recipe of the phase before included. A second run with the same recipe restores
+it; with another recipe the phase is trained again, on scores that are already in the store.
+"""
+
+import csv
+import dataclasses
+import hashlib
+import json
+from typing import Any
+
+import jax
+import numpy as np
+
+from experiments import settings
+from experiments.metrics import MetricsLog
+from experiments.progress import bar, note
+from experiments.session import Session
+from lever_jax import checkpoint
+from lever_jax.diagnostics import Picks, health_csv, measure_health
+from lever_jax.evaluation import answer_picks, evaluate
+from lever_jax.mining import mine, mined_candidates, mined_groups, on_policy_round
+from lever_jax.proposing import Proposer, phase_key
+from lever_jax.search import search_pools
+from lever_jax.training import (
+    GroupBatch,
+    TrainState,
+    batches,
+    init_state,
+    make_optimizer,
+    make_step,
+)
+
+MINING = "mine"
+VERSION = "0.1.0"
+
+
+@dataclasses.dataclass(frozen=True)
+class Trained:
+    """Parameters of the selector after a phase.
+
+    Attributes:
+      params: the parameters.
+      recipe: what decided them; equal recipes give equal parameters.
+    """
+
+    params: Any
+    recipe: str
+
+
+def fresh(session: Session) -> Trained:
+    """A selector that has learnt nothing."""
+    recipe = {
+        "selector": dataclasses.asdict(settings.selector_config()),
+        "pools": dataclasses.asdict(settings.pool_config()),
+        "parts": {name: list(span) for name, span in session.parts.items()},
+        "identity": session.identity,
+        "seed": settings.SEED.value,
+        "shots": settings.train_shots(settings.evaluated_shots()),
+    }
+    params = session.init(phase_key(settings.SEED.value, "init"))
+    return Trained(params, _hash(recipe))
+
+
+def warm_up(session: Session, start: Trained, log: MetricsLog) -> Trained:
+    """Supervised training on the best pointers that a VLM-guided search of some pools finds."""
+    count = min(settings.WARMUP_QUERIES.value, len(session.train))
+    recipe = _recipe(
+        start,
+        "warmup",
+        (
+            "warmup_queries",
+            "warmup_beam",
+            "warmup_targets",
+            "warmup_epochs",
+            "warmup_learning_rate",
+            "batch_queries",
+        ),
+    )
+
+    def train() -> Any:
+        shots = _shots()
+        rows = np.random.default_rng(settings.SEED.value).permutation(len(session.train))[:count]
+        rows = np.sort(rows)
+        found = search_pools(
+            session.train,
+            rows,
+            session.service,
+            shots=shots,
+            beam=settings.WARMUP_BEAM.value,
+            label="warm-up search",
+        )
+        groups = _targets(rows, found, settings.WARMUP_TARGETS.value, shots)
+        note(f"{len(groups.query_rows)} of {count} queries have a pointer worth imitating")
+        return _fit(
+            "supervised",
+            "warmup",
+            session,
+            start.params,
+            groups,
+            log,
+            epochs=settings.WARMUP_EPOCHS.value,
+            rate=settings.WARMUP_RATE.value,
+        )
+
+    return _restored_or(session, "warmup", recipe, start, train)
+
+
+def mine_data(session: Session, selector: Trained) -> None:
+    """Two-stage mining of the training queries with proposals of `selector`."""
+    mine(
+        MINING,
+        session.train,
+        Proposer(session.policy, session.train.table),
+        selector.params,
+        phase_key(settings.SEED.value, MINING),
+        session.service,
+        settings.mining_config(),
+        shots=_shots(),
+    )
+
+
+def check_health(session: Session, selector: Trained, name: str) -> dict[str, Any]:
+    """Measures the mined data against what `selector` picks; writes health.json and health.csv."""
+    candidates = mined_candidates(MINING, session.train, session.store, settings.reward_config())
+    picks = training_picks(session, selector, name)
+    health = measure_health(
+        candidates,
+        picks=Picks(session.train.query_ids, picks),
+        thresholds=settings.thresholds(),
+        min_range=settings.MIN_RANGE.value,
+    )
+    write_json(session.workdir / "health.json", health)
+    with (session.workdir / "health.csv").open("w", newline="") as stream:
+        csv.writer(stream).writerows(health_csv(health))
+    return health
+
+
+def training_picks(session: Session, selector: Trained, name: str) -> np.ndarray:
+    """Accuracy [Q] of the selector's greedy pick on the training queries."""
+    proposer = Proposer(session.policy, session.train.table)
+    pointers = proposer.greedy(selector.params, np.arange(len(session.train)), shots=_shots())
+    scores = answer_picks(session.train, pointers, session.service, label=f"picks of {name}")
+    return scores["accuracy"]
+
+
+def train_rce(session: Session, start: Trained, log: MetricsLog) -> Trained:
+    """Reward-weighted cross-entropy on the mined groups."""
+    recipe = _recipe(
+        start,
+        "rce",
+        (
+            "rce_epochs",
+            "rce_learning_rate",
+            "batch_queries",
+            "tau",
+            "min_range",
+            "num_queries",
+            "proposals",
+            "quotas",
+            "temperature",
+            "top_p",
+            "verify_best",
+            "verify_low",
+            "reward_mode",
+            "hard_weight",
+            "soft_weight",
+            "similarity_weight",
+        ),
+    )
+
+    def train() -> Any:
+        groups = mined_groups(MINING, session.train, session.store, settings.reward_config())
+        return _fit(
+            "rce",
+            "rce",
+            session,
+            start.params,
+            groups,
+            log,
+            epochs=settings.RCE_EPOCHS.value,
+            rate=settings.RCE_RATE.value,
+        )
+
+    return _restored_or(session, "rce", recipe, start, train)
+
+
+def train_grpo(session: Session, start: Trained, log: MetricsLog) -> Trained:
+    """GRPO from `start`, which is also the reference of the KL; resumes after the last round."""
+    recipe = _recipe(
+        start,
+        "grpo",
+        (
+            "grpo_epochs",
+            "grpo_updates",
+            "grpo_queries",
+            "group_size",
+            "grpo_learning_rate",
+            "batch_queries",
+            "advantage",
+            "clip_low",
+            "clip_high",
+            "kl_coef",
+            "min_range",
+            "verify",
+            "reward_mode",
+            "hard_weight",
+            "soft_weight",
+            "similarity_weight",
+            "num_queries",
+        ),
+    )
+
+    def train() -> Any:
+        return _grpo_rounds(session, start.params, recipe, log)
+
+    return _restored_or(session, "grpo", recipe, start, train)
+
+
+def _grpo_rounds(session: Session, reference: Any, recipe: str, log: MetricsLog) -> Any:
+    count, size = len(session.train), settings.GRPO_QUERIES.value
+    rounds = [
+        (epoch, start)
+        for epoch in range(settings.GRPO_EPOCHS.value)
+        for start in range(0, count, size)
+    ]
+    batch_size = min(settings.BATCH_QUERIES.value, size, count)
+    steps = sum(
+        settings.GRPO_UPDATES.value * -(-min(size, count - start) // batch_size)
+        for _, start in rounds
+    )
+    optimizer = make_optimizer(settings.GRPO_RATE.value, steps=steps)
+    step = make_step("grpo", session.policy, optimizer, settings.loss_config())
+    state, first = init_state(reference, optimizer), 0
+    partial = session.workdir / "checkpoints" / "grpo_partial"
+    if checkpoint.exists(partial) and checkpoint.read_metadata(partial)["recipe"] == recipe:
+        state, metadata = checkpoint.restore(partial, state)
+        first = metadata["round"]
+        note(f"resumed after round {first} of {len(rounds)}")
+    proposer = Proposer(session.policy, session.train.table)
+    key = phase_key(settings.SEED.value, "grpo")
+    for i, (epoch, start) in list(enumerate(rounds))[first:]:
+        order = np.random.default_rng([settings.SEED.value, epoch]).permutation(count)
+        rows = np.sort(order[start : start + size])
+        groups, scores = on_policy_round(
+            session.train,
+            rows,
+            proposer,
+            state.params,
+            jax.random.fold_in(key, i),
+            session.service,
+            settings.reward_config(),
+            shots=_shots(),
+            group_size=settings.GROUP_SIZE.value,
+            verify=settings.VERIFY.value,
+            config=settings.mining_config(),
+            label=f"GRPO round {i + 1}/{len(rounds)}",
+        )
+        drawn = {
+            "sample_reward": np.nanmean(scores["reward"]),
+            "sample_accuracy": np.nanmean(scores["accuracy"]),
+        }
+        for update in range(settings.GRPO_UPDATES.value):
+            seed = (settings.SEED.value, i, update)
+            for batch in batches(groups, batch_size, seed):
+                state, metrics = step(state, reference, session.train.table, batch)
+                log.write("grpo", int(state.step), {**jax.device_get(metrics), **drawn})
+        note(
+            f"round {i + 1}: samples {drawn['sample_accuracy']:.3f} right, "
+            f"flat {float(metrics['flat_share']):.0%}, KL {float(metrics['kl']):.3f}, "
+            f"entropy {float(metrics['entropy']):.2f} nats"
+        )
+        checkpoint.save(partial, state, {"recipe": recipe, "round": i + 1})
+    return state.params
+
+
+def evaluate_phases(session: Session, selectors: dict[str, Trained]) -> dict[str, Any]:
+    """Evaluates the selectors (phase name to parameters) beside the baselines and the oracle."""
+    return evaluate(
+        session.eval,
+        session.parts,
+        {f"selector_{name}": trained.params for name, trained in selectors.items()},
+        Proposer(session.policy, session.eval.table),
+        session.service,
+        settings.evaluation_config(),
+    )
+
+
+def restore_phase(session: Session, name: str) -> Trained:
+    """Reads the checkpoint of a finished phase, into the architecture that the flags describe."""
+    path = session.workdir / "checkpoints" / name
+    abstract = {"params": jax.eval_shape(session.init, jax.random.key(0))}
+    tree, metadata = checkpoint.restore(path, abstract)
+    return Trained(tree["params"], metadata["recipe"])
+
+
+def finished_phases(session: Session) -> list[str]:
+    """Names of the phases that have a checkpoint, in order."""
+    folder = session.workdir / "checkpoints"
+    return [name for name in settings.PHASES if checkpoint.exists(folder / name)]
+
+
+def write_json(path, content) -> None:
+    """Writes JSON atomically."""
+    partial = path.with_suffix(".partial")
+    partial.write_text(json.dumps(content, indent=2) + "\n")
+    partial.replace(path)
+
+
+def _restored_or(session, name, recipe, start, train) -> Trained:
+    path = session.workdir / "checkpoints" / name
+    if checkpoint.exists(path):
+        if checkpoint.read_metadata(path)["recipe"] == recipe:
+            note(f"{name} was finished earlier: restored from {path}")
+            return restore_phase(session, name)
+        note(f"{name} was trained with other settings or data: it is trained again")
+    params = train()
+    metadata = {
+        "phase": name,
+        "recipe": recipe,
+        "before": start.recipe,
+        "selector": dataclasses.asdict(settings.selector_config()),
+        "parts": {part: list(span) for part, span in session.parts.items()},
+        "embedding_dim": session.environment.hello["embedding_dim"],
+        "identity": session.identity,
+        "flags": settings.own_flags(),
+        "code": VERSION,
+    }
+    checkpoint.save(path, {"params": params}, metadata)
+    return Trained(params, recipe)
+
+
+def _fit(kind, name, session, params, groups: GroupBatch, log, *, epochs: int, rate: float) -> Any:
+    """Trains over fixed groups; returns the parameters."""
+    size = min(settings.BATCH_QUERIES.value, len(groups.query_rows))
+    steps = epochs * -(-len(groups.query_rows) // size)
+    optimizer = make_optimizer(rate, steps=steps)
+    step = make_step(kind, session.policy, optimizer, settings.loss_config())
+    state: TrainState = init_state(params, optimizer)
+    with bar(f"{name}: optimiser steps", steps) as advance:
+        for epoch in range(epochs):
+            totals = []
+            for batch in batches(groups, size, (settings.SEED.value, epoch)):
+                state, metrics = step(state, params, session.train.table, batch)
+                totals.append(metrics)
+                advance(1)
+            means = {n: np.mean([float(t[n]) for t in totals]) for n in totals[0]}
+            log.write(name, int(state.step), means)
+    note(f"{name}: loss {means['loss']:.3f} nats, entropy {means['entropy']:.2f} nats")
+    return state.params
+
+
+def _targets(rows, found, count: int, shots: int) -> GroupBatch:
+    """The best pointers of each searched query, weighted by their gt_prob."""
+    members = [(row, p[:count], v[:count]) for row, (p, v) in zip(rows, found) if len(p)]
+    shape = (len(members), count)
+    batch = GroupBatch(
+        query_rows=np.array([row for row, _, _ in members], np.int32),
+        pointers=np.zeros((*shape, shots), np.int32),
+        rewards=np.zeros(shape, np.float32),
+        behaviour_log_probs=np.zeros(shape, np.float32),
+        mask=np.zeros(shape, bool),
+    )
+    for i, (_, pointers, values) in enumerate(members):
+        batch.pointers[i, : len(pointers)] = pointers
+        batch.rewards[i, : len(values)] = values
+        batch.mask[i, : len(pointers)] = True
+    return batch
+
+
+def _shots() -> int:
+    return settings.train_shots(settings.evaluated_shots())
+
+
+def _recipe(start: Trained, phase: str, names: tuple[str, ...]) -> str:
+    values = {name: settings.FLAGS[name].value for name in names}
+    return _hash({"phase": phase, "before": start.recipe, "flags": values})
+
+
+def _hash(content: dict) -> str:
+    text = json.dumps(content, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]

@@ -1,0 +1,62 @@
+"""Progress bars with rate and time left, and the lines between them."""
+
+import contextlib
+import time
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    TextColumn,
+    TimeRemainingColumn,
+)
+from rich.text import Text
+
+CONSOLE = Console(highlight=False, soft_wrap=True)
+_started = time.monotonic()
+
+
+class _Rate(ProgressColumn):
+    """Items a second since the bar began."""
+
+    def render(self, task) -> Text:
+        speed = task.finished_speed or task.speed
+        return Text("" if speed is None else f"{speed:,.0f}/s")
+
+
+@contextlib.contextmanager
+def bar(label: str, total: int):
+    """Shows a bar over `total` items; yields `advance(count)`.
+
+    On a terminal the bar is live and vanishes when done; in a log it leaves one line.
+    """
+    start = time.monotonic()
+    columns = (
+        TextColumn("  {task.description}"),
+        BarColumn(bar_width=28),
+        MofNCompleteColumn(),
+        _Rate(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+    )
+    live = CONSOLE.is_terminal
+    with Progress(*columns, console=CONSOLE, transient=True, disable=not live) as progress:
+        task = progress.add_task(label, total=total)
+        yield lambda count: progress.advance(task, count)
+    if not live:
+        seconds = time.monotonic() - start
+        rate = total / max(seconds, 1e-9)
+        CONSOLE.print(f"  {label}: {total:,} in {seconds:.1f} s ({rate:,.0f}/s)")
+
+
+def stage(title: str) -> None:
+    """Announces a stage, with the time since the start."""
+    elapsed = time.monotonic() - _started
+    CONSOLE.print(f"[bold]== {title}[/bold]  [dim]({elapsed:.0f} s)[/dim]")
+
+
+def note(text: str) -> None:
+    """Prints one line of the story."""
+    CONSOLE.print(f"  {text}", markup=False)

@@ -1,0 +1,130 @@
+"""Opens a run: dataset, workers, store, embeddings, pools and the selector, in that order."""
+
+import contextlib
+import dataclasses
+import logging
+import pathlib
+from collections.abc import Iterator
+
+import numpy as np
+
+from experiments import settings
+from experiments.progress import bar, note
+from lever_jax.errors import InputError
+from lever_jax.pooled import Embedded, PooledQueries, pool_queries
+from lever_jax.scoring import ScoringService
+from lever_jax.selector import make_selector
+from lever_jax.store import Store
+from qwen_bridge.client import Environment
+from qwen_bridge.vqa.examples import Dataset
+from qwen_bridge.vqa.sources import open_dataset
+
+
+@dataclasses.dataclass
+class Session:
+    """Everything the phases share.
+
+    Attributes:
+      workdir: folder of the run.
+      dataset: examples by id.
+      environment: the workers.
+      service: scores prompts through the store.
+      train: training queries with their pools.
+      eval: evaluation queries with their pools.
+      init: key to fresh parameters of the selector.
+      policy: the selector.
+      identity: what decides scores: fingerprints of model, prompts, generation, data, metric.
+    """
+
+    workdir: pathlib.Path
+    dataset: Dataset
+    environment: Environment
+    service: ScoringService
+    train: PooledQueries
+    eval: PooledQueries
+    init: object
+    policy: object
+    identity: dict[str, str]
+
+    @property
+    def store(self) -> Store:
+        """Where scores are kept."""
+        return self.service.store
+
+    @property
+    def parts(self) -> dict[str, tuple[int, int]]:
+        """Column ranges of the parts of an embedding."""
+        return self.environment.hello["parts"]
+
+
+class BatchedEnvironment:
+    """The environment with the run's request size, as `ScoringService` calls it."""
+
+    def __init__(self, environment: Environment, batch: int):
+        self._environment, self._batch = environment, batch
+
+    def score(self, queries, pointers, on_batch=None):
+        """See `Environment.score`."""
+        return self._environment.score(queries, pointers, on_batch, batch_size=self._batch)
+
+    def answer(self, queries, pointers, on_batch=None):
+        """See `Environment.answer`."""
+        return self._environment.answer(queries, pointers, on_batch, batch_size=self._batch)
+
+
+@contextlib.contextmanager
+def open_session(workdir: pathlib.Path) -> Iterator[Session]:
+    """Opens the run in `workdir` with the flags as they stand; closes it whatever happens.
+
+    Raises:
+      InputError: flags, data, model or store do not fit.
+    """
+    logging.basicConfig(format="  %(levelname)s %(message)s", level=logging.WARNING)
+    dataset = open_dataset(settings.dataset_settings())
+    if len(dataset.bank) < settings.POOL_SIZE.value:
+        raise InputError(
+            f"--pool_size={settings.POOL_SIZE.value} exceeds the {len(dataset.bank)} "
+            "demonstrations of the bank; lower it or add demonstrations"
+        )
+    note(
+        f"{dataset.name}: {len(dataset.bank):,} demonstrations, {len(dataset.train):,} training "
+        f"and {len(dataset.eval):,} evaluation queries"
+    )
+    with contextlib.ExitStack() as stack:
+        environment = stack.enter_context(
+            Environment(
+                settings.worker_settings(),
+                workers=settings.WORKERS.value,
+                threads=settings.THREADS.value,
+                deadline_s=settings.DEADLINE_S.value,
+            )
+        )
+        hello = environment.hello
+        identity = {k: v for k, v in hello.items() if k not in ("embedding_dim", "parts")}
+        if identity["dataset"] != dataset.fingerprint:
+            raise InputError("the worker reads other data than the driver; are the files changing?")
+        store = stack.enter_context(Store.open(workdir / "store.sqlite", identity))
+        batched = BatchedEnvironment(environment, settings.SCORE_BATCH.value)
+        service = ScoringService(store, batched, bar)
+        bank = _embed(environment, "bank", dataset.bank, "embed the bank")
+        pooled = [
+            pool_queries(
+                _embed(environment, "query", examples, f"embed {name} queries"),
+                bank,
+                hello["parts"],
+                settings.pool_config(),
+                store,
+            )
+            for name, examples in (("training", dataset.train), ("evaluation", dataset.eval))
+        ]
+        init, policy = make_selector(
+            settings.selector_config(), hello["parts"], hello["embedding_dim"]
+        )
+        yield Session(workdir, dataset, environment, service, *pooled, init, policy, identity)
+
+
+def _embed(environment: Environment, kind: str, examples, label: str) -> Embedded:
+    ids = np.array([example.id for example in examples], np.int64)
+    with bar(label, len(ids)) as advance:
+        embeddings = environment.embed(kind, ids, lambda rows, _: advance(len(rows)))
+    return Embedded(ids, tuple(example.image for example in examples), embeddings)

@@ -1,0 +1,313 @@
+"""Every flag of training, mining and evaluation, in one place, and the configs they make.
+
+All entry points share the flags, so one flag file serves them all. A run writes the flags it ran
+with to `flags.txt` in its workdir; entry points that continue a run adopt them from there, and
+what is given on the command line wins.
+"""
+
+import pathlib
+
+from absl import flags
+
+from lever_jax.advantages import ADVANTAGES
+from lever_jax.diagnostics import Thresholds
+from lever_jax.errors import InputError
+from lever_jax.evaluation import METRICS, EvaluationConfig
+from lever_jax.mining import VERIFY, MiningConfig, RewardConfig
+from lever_jax.pooled import PoolConfig
+from lever_jax.rewards import REWARD_MODES
+from lever_jax.selector import SelectorConfig
+from lever_jax.training import LossConfig
+
+FLAGS = flags.FLAGS
+PHASES = ("warmup", "rce", "grpo")
+_DATASETS = ("digits", "official")
+
+WORKDIR = flags.DEFINE_string("workdir", "runs/digits", "Folder of everything a run writes.")
+SEED = flags.DEFINE_integer("seed", 0, "Seed of the selector's start and of all sampling.")
+
+# --- data -------------------------------------------------------------------------------------
+DATASET = flags.DEFINE_enum("dataset", "digits", _DATASETS, "Embedded world, or official JSON.")
+WORLD_SEED = flags.DEFINE_integer("world_seed", 0, "Which digits world: colours and languages.")
+BANK_SIZE = flags.DEFINE_integer("bank_size", 1600, "Demonstrations of the digits world.")
+NUM_QUERIES = flags.DEFINE_integer("num_queries", 600, "Training queries; start with 50 and grow.")
+NUM_EVAL = flags.DEFINE_integer("num_eval", 400, "Evaluation queries, on other images.")
+for _split in ("bank", "query"):
+    for _what in ("questions", "annotations", "images"):
+        flags.DEFINE_string(
+            f"{_split}_{_what}", "", f"Official JSON of the {_split} ({_what}), with --dataset."
+        )
+IMAGE_PATTERN = flags.DEFINE_string(
+    "image_pattern", "COCO_train2014_{image_id:012d}.jpg", "File name of an image by its id."
+)
+
+# --- the VLM ----------------------------------------------------------------------------------
+MODEL = flags.DEFINE_string("model", "", "Qwen2.5-VL checkpoint folder; empty is the embedded one.")
+DEVICE = flags.DEFINE_string("device", "auto", "auto, cpu, cuda or cuda:N, for the VLM.")
+DTYPE = flags.DEFINE_enum("dtype", "auto", ("auto", "float32", "bfloat16"), "auto: by device.")
+MIN_PIXELS = flags.DEFINE_integer("min_pixels", None, "Enlarge images to so many pixels.")
+MAX_PIXELS = flags.DEFINE_integer("max_pixels", None, "Shrink images to so many pixels.")
+PROMPT_STYLE = flags.DEFINE_enum("prompt_style", "chat", ("chat", "inline"), "Layout of prompts.")
+INSTRUCTION = flags.DEFINE_string("instruction", "", "A line after every question.")
+SCORER = flags.DEFINE_enum("scorer", "trie", ("trie", "reference"), "Fast, or plain and slow.")
+ANSWER_WEIGHT = flags.DEFINE_enum(
+    "answer_weight", "count3", ("count3", "official"), "w(a) of vqa_gt_prob."
+)
+GT_PROB = flags.DEFINE_enum(
+    "gt_prob", "product", ("product", "mean_token"), "P(a); mean_token is not a probability."
+)
+MAX_NEW_TOKENS = flags.DEFINE_integer("max_new_tokens", 10, "Longest generated answer, tokens.")
+WORKERS = flags.DEFINE_integer("workers", 1, "VLM processes; one a GPU.")
+THREADS = flags.DEFINE_integer("threads", 0, "CPU threads of each; 0 shares the cores.")
+SCORE_BATCH = flags.DEFINE_integer("score_batch", 256, "Prompts in one request to a worker.")
+BATCH_TOKENS = flags.DEFINE_integer("batch_tokens", 8192, "Tokens of a forward pass of the VLM.")
+CACHE_MIB = flags.DEFINE_integer("cache_mib", 1024, "Memory of cached prompt prefixes, MiB.")
+DEADLINE_S = flags.DEFINE_float("deadline_s", 600.0, "A request that takes longer has hung.")
+
+# --- pools and selector -----------------------------------------------------------------------
+POOL_SIZE = flags.DEFINE_integer("pool_size", 32, "K, candidates of a query.")
+IMAGE_WEIGHT = flags.DEFINE_float("image_weight", 1.0, "Weight of image similarity, >= 0.")
+QUESTION_WEIGHT = flags.DEFINE_float("question_weight", 1.0, "Weight of question similarity.")
+RANDOM_SHARE = flags.DEFINE_float("random_share", 0.0, "Share of a pool drawn at random, [0, 1].")
+SHOTS = flags.DEFINE_list("shots", ["1", "2"], "Numbers of demonstrations evaluated, 1 to 8.")
+TRAIN_SHOTS = flags.DEFINE_integer("train_shots", 0, "S in training; 0 is the largest of --shots.")
+WIDTH = flags.DEFINE_integer("width", 64, "Width of the selector.")
+LAYERS = flags.DEFINE_integer("layers", 1, "Set-encoder layers of the selector.")
+HEADS = flags.DEFINE_integer("heads", 4, "Attention heads of the selector.")
+
+# --- warm-up and mining -----------------------------------------------------------------------
+WARMUP = flags.DEFINE_enum(
+    "warmup", "search", ("search", "none"), "Warm-up data, or a random start."
+)
+WARMUP_QUERIES = flags.DEFINE_integer("warmup_queries", 150, "Training queries that are searched.")
+WARMUP_BEAM = flags.DEFINE_integer("warmup_beam", 6, "Pointers kept at each level of the search.")
+WARMUP_TARGETS = flags.DEFINE_integer("warmup_targets", 4, "Best pointers a query to imitate.")
+WARMUP_EPOCHS = flags.DEFINE_integer("warmup_epochs", 30, "Passes over the searched queries.")
+PROPOSALS = flags.DEFINE_integer("proposals", 64, "Pointers scored a query in stage A.")
+QUOTAS = flags.DEFINE_list(
+    "quotas",
+    ["beam:12", "sample:20", "top_p:12", "retrieval:4", "random:16"],
+    "Proposals by source; what they leave open is random.",
+)
+TEMPERATURE = flags.DEFINE_float("temperature", 1.0, "Of the source `sample`, > 0.")
+TOP_P = flags.DEFINE_float("top_p", 0.9, "Of the source `top_p`, (0, 1].")
+VERIFY_BEST = flags.DEFINE_integer("verify_best", 12, "Best proposals answered in stage B.")
+VERIFY_LOW = flags.DEFINE_integer("verify_low", 8, "Lowest proposals answered for contrast.")
+
+# --- reward -----------------------------------------------------------------------------------
+REWARD_MODE = flags.DEFINE_enum(
+    "reward_mode", "hard01_plus_gtprob", tuple(REWARD_MODES), "How scores become rewards."
+)
+HARD_WEIGHT = flags.DEFINE_float("hard_weight", 2.0, "Weight of right or wrong.")
+SOFT_WEIGHT = flags.DEFINE_float("soft_weight", 1.0, "Weight of the graded term.")
+SIMILARITY_WEIGHT = flags.DEFINE_float("similarity_weight", 0.0, "Shaping of wrong answers only.")
+
+# --- health -----------------------------------------------------------------------------------
+MAX_ZERO_POSITIVE = flags.DEFINE_float(
+    "max_zero_positive", 0.1, "GRPO starts only if at most this share of queries has no positive."
+)
+MIN_SPEARMAN = flags.DEFINE_float(
+    "min_spearman", 0.3, "GRPO starts only if gt_prob and accuracy correlate at least so much."
+)
+FORCE_GRPO = flags.DEFINE_bool("force_grpo", False, "Start GRPO whatever the health check says.")
+
+# --- RCE and GRPO -----------------------------------------------------------------------------
+RCE_EPOCHS = flags.DEFINE_integer("rce_epochs", 20, "Passes of RCE over the mined groups.")
+GRPO_EPOCHS = flags.DEFINE_integer("grpo_epochs", 3, "Passes of GRPO over the training queries.")
+GRPO_UPDATES = flags.DEFINE_integer("grpo_updates", 2, "Passes over the groups of a round.")
+GRPO_QUERIES = flags.DEFINE_integer("grpo_queries", 200, "Queries of an on-policy round.")
+GROUP_SIZE = flags.DEFINE_integer("group_size", 8, "G, pointers drawn a query in GRPO.")
+BATCH_QUERIES = flags.DEFINE_integer("batch_queries", 50, "Query groups of an optimiser step.")
+WARMUP_RATE = flags.DEFINE_float("warmup_learning_rate", 2e-3, "AdamW's peak rate in warm-up.")
+RCE_RATE = flags.DEFINE_float("rce_learning_rate", 1e-3, "AdamW's peak rate in RCE.")
+GRPO_RATE = flags.DEFINE_float("grpo_learning_rate", 3e-4, "AdamW's peak rate in GRPO.")
+TAU = flags.DEFINE_float("tau", 1.0, "Temperature of RCE's softmax over rewards, > 0.")
+ADVANTAGE = flags.DEFINE_enum("advantage", "group", tuple(ADVANTAGES), "Baseline of a group.")
+CLIP_LOW = flags.DEFINE_float("clip_low", 0.2, "GRPO clips the ratio below at 1 - clip_low.")
+CLIP_HIGH = flags.DEFINE_float("clip_high", 0.28, "GRPO clips the ratio above at 1 + clip_high.")
+KL_COEF = flags.DEFINE_float("kl_coef", 0.02, "Weight of the KL to the policy after RCE.")
+MIN_RANGE = flags.DEFINE_float("min_range", 1e-3, "Groups whose rewards span less are flat.")
+VERIFY = flags.DEFINE_enum("verify", "all", VERIFY, "Which on-policy draws are answered.")
+
+# --- evaluation -------------------------------------------------------------------------------
+METRIC = flags.DEFINE_enum("metric", "normalized", tuple(METRICS), "VQA accuracy mode reported.")
+RANDOM_SEEDS = flags.DEFINE_integer("random_seeds", 3, "Random picks averaged a query.")
+MMR_TRADE_OFF = flags.DEFINE_float("mmr_trade_off", 0.7, "1 is plain similarity, [0, 1].")
+ORACLE_BEAM = flags.DEFINE_integer(
+    "oracle_beam", 6, "Width of the oracle's search; 0 leaves it out."
+)
+
+# Flags that say where or how to run, not what: a run may be continued with others.
+_NOT_ADOPTED = frozenset({"workdir", "flagfile", "undefok", "device", "workers", "threads"})
+
+
+def own_flags() -> dict[str, str]:
+    """Every flag of ours as `--name=value` text, by name."""
+    defined = FLAGS.flags_by_module_dict()[__name__]
+    return {flag.name: flag.serialize() for flag in defined if flag.name not in ("workdir",)}
+
+
+def save_flags(workdir: pathlib.Path) -> None:
+    """Writes the flags as run; `--flagfile=WORKDIR/flags.txt` repeats the run."""
+    lines = [line for line in own_flags().values() if line]
+    (workdir / "flags.txt").write_text("\n".join([f"--workdir={workdir}", *lines]) + "\n")
+
+
+def adopt_flags(workdir: pathlib.Path) -> None:
+    """Takes over the flags of an earlier run, but for those given on the command line.
+
+    Raises:
+      InputError: there is no run in `workdir`.
+    """
+    path = workdir / "flags.txt"
+    if not path.exists():
+        raise InputError(f"--workdir={workdir} holds no run (no flags.txt); train there first")
+    for line in path.read_text().splitlines():
+        name, _, value = line.removeprefix("--").partition("=")
+        if not line.startswith("--") or name in _NOT_ADOPTED:
+            continue
+        if name.startswith("no") and name[2:] in FLAGS:
+            name, value = name[2:], "false"
+        elif name in FLAGS and FLAGS[name].flag_type() == "bool":
+            value = value or "true"
+        if name in FLAGS and not FLAGS[name].present:
+            FLAGS[name].parse(value)
+
+
+def evaluated_shots() -> tuple[int, ...]:
+    """The numbers of shots to evaluate, checked."""
+    try:
+        shots = tuple(dict.fromkeys(int(text) for text in SHOTS.value))
+    except ValueError:
+        raise InputError(f"--shots={','.join(SHOTS.value)} must be whole numbers") from None
+    for value in (*shots, train_shots(shots)):
+        if not 1 <= value <= 8:
+            raise InputError(f"--shots={value} is out of range; shots go from 1 to 8")
+        if value > POOL_SIZE.value:
+            raise InputError(
+                f"--shots={value} exceeds --pool_size={POOL_SIZE.value}; "
+                "lower it or enlarge the pool"
+            )
+    if not shots:
+        raise InputError("--shots is empty; give numbers such as --shots=1,2")
+    return shots
+
+
+def train_shots(shots: tuple[int, ...]) -> int:
+    """S in training."""
+    return TRAIN_SHOTS.value or max(shots)
+
+
+def dataset_settings() -> dict:
+    """What `open_dataset` takes, for driver and workers alike."""
+    if DATASET.value == "digits":
+        return {
+            "kind": "digits",
+            "seed": WORLD_SEED.value,
+            "bank": BANK_SIZE.value,
+            "train": NUM_QUERIES.value,
+            "eval": NUM_EVAL.value,
+        }
+    files = {
+        f"{split}_{what}": FLAGS[f"{split}_{what}"].value
+        for split in ("bank", "query")
+        for what in ("questions", "annotations", "images")
+    }
+    for name, value in files.items():
+        if not value:
+            raise InputError(f"--dataset=official needs --{name}")
+    return {
+        "kind": "official",
+        **files,
+        "image_pattern": IMAGE_PATTERN.value,
+        "num_train": NUM_QUERIES.value,
+        "num_eval": NUM_EVAL.value,
+        "seed": WORLD_SEED.value,
+    }
+
+
+def worker_settings() -> dict:
+    """What a worker is built from."""
+    return {
+        "dataset": dataset_settings(),
+        "model": MODEL.value,
+        "device": DEVICE.value,
+        "dtype": DTYPE.value,
+        "min_pixels": MIN_PIXELS.value,
+        "max_pixels": MAX_PIXELS.value,
+        "prompt_style": PROMPT_STYLE.value,
+        "instruction": INSTRUCTION.value,
+        "scorer": SCORER.value,
+        "answer_weight": ANSWER_WEIGHT.value,
+        "gt_prob": GT_PROB.value,
+        "max_new_tokens": MAX_NEW_TOKENS.value,
+        "cache_mib": CACHE_MIB.value,
+        "batch_tokens": BATCH_TOKENS.value,
+    }
+
+
+def pool_config() -> PoolConfig:
+    """How pools are made."""
+    return PoolConfig(
+        POOL_SIZE.value, IMAGE_WEIGHT.value, QUESTION_WEIGHT.value, RANDOM_SHARE.value
+    )
+
+
+def selector_config() -> SelectorConfig:
+    """The selector's architecture."""
+    return SelectorConfig(width=WIDTH.value, layers=LAYERS.value, heads=HEADS.value)
+
+
+def mining_config() -> MiningConfig:
+    """How pointers are proposed and verified."""
+    quotas = {}
+    for item in QUOTAS.value:
+        name, _, count = item.partition(":")
+        if not count.isdigit():
+            raise InputError(f"--quotas: {item!r} is not of the form source:count, as beam:12")
+        quotas[name] = int(count)
+    return MiningConfig(
+        proposals=PROPOSALS.value,
+        quotas=quotas,
+        temperature=TEMPERATURE.value,
+        top_p=TOP_P.value,
+        verify_best=VERIFY_BEST.value,
+        verify_low=VERIFY_LOW.value,
+    )
+
+
+def reward_config() -> RewardConfig:
+    """How scores become rewards."""
+    return RewardConfig(
+        REWARD_MODE.value, HARD_WEIGHT.value, SOFT_WEIGHT.value, SIMILARITY_WEIGHT.value
+    )
+
+
+def loss_config() -> LossConfig:
+    """Settings of RCE and GRPO."""
+    return LossConfig(
+        tau=TAU.value,
+        advantage=ADVANTAGE.value,
+        clip_low=CLIP_LOW.value,
+        clip_high=CLIP_HIGH.value,
+        kl_coef=KL_COEF.value,
+        min_range=MIN_RANGE.value,
+    )
+
+
+def thresholds() -> Thresholds:
+    """What GRPO asks of the data."""
+    return Thresholds(MAX_ZERO_POSITIVE.value, MIN_SPEARMAN.value)
+
+
+def evaluation_config() -> EvaluationConfig:
+    """What is evaluated."""
+    return EvaluationConfig(
+        shots=evaluated_shots(),
+        metric=METRIC.value,
+        random_seeds=RANDOM_SEEDS.value,
+        mmr_trade_off=MMR_TRADE_OFF.value,
+        oracle_beam=ORACLE_BEAM.value,
+        image_weight=IMAGE_WEIGHT.value,
+        question_weight=QUESTION_WEIGHT.value,
+    )

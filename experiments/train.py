@@ -1,0 +1,110 @@
+"""The main job: mines data, checks its health, trains the selector, evaluates it.
+
+    python -m experiments.train --flagfile=grpo.flags
+
+Phases, in order; each is skipped where an earlier run in the same workdir finished it:
+  1. open    dataset, VLM workers, store, embeddings, pools
+  2. warm-up VLM-guided search of some pools, then supervised training   (--warmup=none skips it)
+  3. mine    two stages: score many proposals, answer the few that matter
+  4. health  is the data worth training on? GRPO does not start if not   (--force_grpo overrides)
+  5. RCE     reward-weighted cross-entropy on the mined groups
+  6. GRPO    on-policy, through the same two stages
+  7. evaluate every method on held-out queries: eval.json and the table
+"""
+
+import pathlib
+import time
+
+import numpy as np
+
+from experiments import cli, phases, settings
+from experiments.metrics import MetricsLog
+from experiments.progress import note, stage
+from experiments.session import open_session
+from experiments.tables import print_evaluation, print_health
+
+
+def main():
+    started = time.monotonic()
+    settings.evaluated_shots()
+    workdir = pathlib.Path(settings.WORKDIR.value)
+    workdir.mkdir(parents=True, exist_ok=True)
+    stage(f"open: {workdir}")
+    with open_session(workdir) as session:
+        settings.save_flags(workdir)
+        log = MetricsLog(workdir)
+        selectors, current, health = make_data(session, log)
+
+        stage("RCE: reward-weighted cross-entropy on the mined groups")
+        current = selectors["rce"] = phases.train_rce(session, current, log)
+        print_headroom(session, health, current, "RCE")
+
+        if settings.GRPO_EPOCHS.value == 0:
+            note("GRPO is left out: --grpo_epochs=0")
+        elif health["ready"] or settings.FORCE_GRPO.value:
+            stage("GRPO: on-policy, through the same two stages")
+            current = selectors["grpo"] = phases.train_grpo(session, current, log)
+            print_headroom(session, health, current, "GRPO")
+        else:
+            note(f"GRPO is not started: {health['verdict']}; --force_grpo starts it all the same")
+
+        stage("evaluate: every method on held-out queries")
+        result = phases.evaluate_phases(session, selectors)
+        phases.write_json(workdir / "eval.json", result)
+        print_evaluation(result)
+        log.close()
+        print_costs(session, time.monotonic() - started)
+
+
+def make_data(session, log):
+    """Phases 2 to 4; returns the selectors so far, the last of them, and the health figures."""
+    selectors = {}
+    current = phases.fresh(session)
+    if settings.WARMUP.value == "search":
+        stage("warm-up: search some pools, imitate what was found")
+        current = selectors["warmup"] = phases.warm_up(session, current, log)
+
+    stage("mine: score proposals, answer the best and some low ones")
+    phases.mine_data(session, current)
+
+    stage("health: is the data worth training on?")
+    name = "warm-up" if selectors else "the untrained selector"
+    health = phases.check_health(session, current, name)
+    print_health(health)
+    return selectors, current, health
+
+
+def print_headroom(session, health, selector, name: str) -> None:
+    """Prints how far the picks on training queries are from the best stored pointers."""
+    accuracy = float(np.nanmean(phases.training_picks(session, selector, name)))
+    oracle = health["oracle_in_data"]
+    if oracle is None:
+        return
+    note(
+        f"training queries after {name}: model_pick {accuracy:.3f}, oracle_in_data {oracle:.3f}, "
+        f"gap {oracle - accuracy:+.3f} (before RCE {number_or_dash(health['headroom'])})"
+    )
+
+
+def number_or_dash(value) -> str:
+    """A signed figure, or a dash where it is unknown."""
+    return "-" if value is None else f"{value:+.3f}"
+
+
+def print_costs(session, seconds: float) -> None:
+    """Prints what was computed, and that nothing was computed twice."""
+    counts, stored = session.service.counts, session.store.counts()
+    busy = sum(session.environment.stats["busy_s"])
+    note(
+        f"{counts.asked:,} prompts asked for: {counts.scored:,} scored, {counts.verified:,} "
+        f"answers certified by their scores, {counts.generated:,} generated, "
+        f"{stored['duplicate_scores']} scored twice"
+    )
+    note(
+        f"{seconds:.0f} s in all, the VLM busy for {busy:.0f} s; everything is in {session.workdir}"
+    )
+
+
+if __name__ == "__main__":
+    cli.share_gpu()
+    cli.run(main)

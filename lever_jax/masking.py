@@ -1,0 +1,90 @@
+"""The one place that masks.
+
+A masked entry has the log-probability `MASKED`: finite, so that no gradient becomes NaN, and so low
+that its probability is exactly 0 in float32. Hence `exp(p) * p` and `exp(p) * (p - q)` are safe as
+they stand on whatever these functions return, and sums over K need no mask of their own.
+
+A row with nothing left is all `MASKED`: no distribution, probability and entropy 0, gradient 0.
+"""
+
+import jax
+import jax.numpy as jnp
+
+MASKED = -1e9
+"""Log-probability of what cannot be chosen, in nats."""
+
+
+def is_masked(log_probs: jax.Array) -> jax.Array:
+    """Where log-probabilities, or sums of a few, stand for something that cannot be chosen."""
+    return log_probs <= MASKED / 2
+
+
+def masked_log_softmax(logits: jax.Array, mask: jax.Array) -> jax.Array:
+    """Log-probabilities over the last axis, renormalised over what the mask leaves.
+
+    Args:
+      logits: [..., K] float32; anything, NaN included, where the mask is false.
+      mask: [..., K] bool.
+
+    Returns:
+      [..., K] log-probabilities in nats, `MASKED` where the mask is false.
+    """
+    largest = jnp.max(jnp.where(mask, logits, -jnp.inf), axis=-1, keepdims=True)
+    largest = jax.lax.stop_gradient(jnp.where(jnp.isfinite(largest), largest, 0.0))
+    shifted = jnp.where(mask, logits, largest) - largest
+    total = jnp.sum(jnp.where(mask, jnp.exp(shifted), 0.0), axis=-1, keepdims=True)
+    some = jnp.any(mask, axis=-1, keepdims=True)
+    return jnp.where(mask, shifted - jnp.log(jnp.where(some, total, 1.0)), MASKED)
+
+
+def masked_entropy(log_probs: jax.Array) -> jax.Array:
+    """Entropy over the last axis of what `masked_log_softmax` returned.
+
+    Args:
+      log_probs: [..., K] log-probabilities, `MASKED` where there is nothing to choose.
+
+    Returns:
+      [...] entropy in nats, from 0 to log K.
+    """
+    return -jnp.sum(jnp.exp(log_probs) * log_probs, axis=-1)
+
+
+def masked_top_k(
+    scores: jax.Array, mask: jax.Array, k: int
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """The k best of the last axis, best first; of equals the one that stands first.
+
+    Args:
+      scores: [..., N] float32; anything, NaN included, where the mask is false.
+      mask: [..., N] bool.
+      k: how many; it may exceed N.
+
+    Returns:
+      Values [..., k] (`MASKED` where fewer than k are left), indices [..., k] (0 there) and which
+      of them count [..., k].
+    """
+    size = scores.shape[-1]
+    values, indices = jax.lax.top_k(jnp.where(mask, scores, -jnp.inf), min(k, size))
+    found = jnp.take_along_axis(mask, indices, axis=-1)
+    missing = [(0, 0)] * (scores.ndim - 1) + [(0, k - min(k, size))]
+    values, indices, found = (jnp.pad(x, missing) for x in (values, indices, found))
+    return jnp.where(found, values, MASKED), jnp.where(found, indices, 0), found
+
+
+def gumbel(key: jax.Array, size: int) -> jax.Array:
+    """Standard Gumbel noise [size]; the first entries do not depend on the size.
+
+    So padding a pool changes no draw.
+    """
+    return jax.random.gumbel(key, (size,))
+
+
+def masked_draw(key: jax.Array, log_probs: jax.Array) -> jax.Array:
+    """One action from log-probabilities [K]; never a masked one, unless all are."""
+    noise = gumbel(key, log_probs.shape[-1])
+    return jnp.argmax(log_probs + noise).astype(jnp.int32)
+
+
+def remove(mask: jax.Array, action: jax.Array) -> jax.Array:
+    """The mask [K] without one action; an action outside [0, K) removes nothing."""
+    return mask & (jnp.arange(mask.shape[-1]) != action)

@@ -1,0 +1,315 @@
+"""Two-stage mining: score many proposals cheaply, generate for the few that matter.
+
+Stage A scores every proposal of a query by `vqa_gt_prob`, without generating. Stage B asks for
+the VLM's own answer to the best of them, and to some low ones for contrast; where stage A has
+certified the greedy answer it costs nothing. What has an answer is kept, with its source and
+log-probability, and is what RCE learns from.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+
+import jax
+import numpy as np
+
+from lever_jax.diagnostics import Candidates
+from lever_jax.errors import InputError
+from lever_jax.pooled import PooledQueries
+from lever_jax.proposing import Proposer
+from lever_jax.rewards import compute_rewards
+from lever_jax.scoring import ScoringService, columns
+from lever_jax.store import Proposals, ScoreRecord, Store
+from lever_jax.training import GroupBatch
+from lever_jax.types import SOURCES
+
+VERIFY = ("all", "top_m")
+
+
+@dataclasses.dataclass(frozen=True)
+class MiningConfig:
+    """How many pointers are proposed, and which are answered.
+
+    Attributes:
+      proposals: pointers scored a query in stage A.
+      quotas: how many of them from each source; the rest is drawn at random.
+      temperature: of the source `sample`.
+      top_p: of the source `top_p`.
+      verify_best: pointers of highest gt_prob answered in stage B.
+      verify_low: pointers of lowest gt_prob answered for contrast.
+      batch: queries mined between two commits.
+    """
+
+    proposals: int = 64
+    quotas: Mapping[str, int] = dataclasses.field(
+        default_factory=lambda: {
+            "beam": 12,
+            "sample": 20,
+            "top_p": 12,
+            "retrieval": 4,
+            "random": 16,
+        }
+    )
+    temperature: float = 1.0
+    top_p: float = 0.9
+    verify_best: int = 12
+    verify_low: int = 8
+    batch: int = 100
+
+    def __post_init__(self):
+        if self.verify_best < 2 or self.verify_low < 1:
+            raise InputError(
+                f"--verify_best={self.verify_best} and --verify_low={self.verify_low}: a group "
+                "needs at least two high pointers and a low one"
+            )
+
+
+@dataclasses.dataclass(frozen=True)
+class RewardConfig:
+    """How scores become rewards; see `rewards.compute_rewards`."""
+
+    mode: str = "hard01_plus_gtprob"
+    hard_weight: float = 2.0
+    soft_weight: float = 1.0
+    similarity_weight: float = 0.0
+
+    def of(self, scores: dict[str, np.ndarray]) -> np.ndarray:
+        """Rewards of `scoring.columns`; NaN where a score is missing."""
+        return compute_rewards(
+            self.mode,
+            accuracy=scores["accuracy"],
+            gt_prob=scores["gt_prob"],
+            similarity=scores["similarity"],
+            hard_weight=self.hard_weight,
+            soft_weight=self.soft_weight,
+            similarity_weight=self.similarity_weight,
+        )
+
+
+def mine(
+    stage: str,
+    queries: PooledQueries,
+    proposer: Proposer,
+    params,
+    key: jax.Array,
+    service: ScoringService,
+    config: MiningConfig,
+    *,
+    shots: int,
+) -> None:
+    """Mines every query that `stage` has not mined yet; resumes where it was stopped.
+
+    Args:
+      stage: name under which the store keeps the proposals.
+      queries: with their pools.
+      proposer: draws pointers.
+      params: of the selector that proposes.
+      key: of the stage; each query's key is made from it and the query's id.
+      service: scores and answers, through the store.
+      config: how many of what.
+      shots: S.
+    """
+    store = service.store
+    finished = np.isin(queries.query_ids, store.proposed_queries(stage))
+    remaining = np.flatnonzero(~finished)
+    for start in range(0, len(remaining), config.batch):
+        rows = remaining[start : start + config.batch]
+        label = f"{stage} {start + len(rows)}/{len(remaining)} queries"
+        drawn = proposer.mixture(
+            params,
+            key,
+            rows,
+            shots=shots,
+            num=config.proposals,
+            quotas=config.quotas,
+            temperature=config.temperature,
+            top_p=config.top_p,
+        )
+        group, place = np.nonzero(drawn.mask)
+        owner = rows[group]
+        ids = queries.demo_ids(owner, drawn.pointers[group, place])
+        owner_ids = queries.query_ids[owner]
+        scores = columns(service.score(owner_ids, ids, label=label))
+        chosen = choose(group, scores["gt_prob"], config.verify_best, config.verify_low)
+        service.verify(owner_ids[chosen], ids[chosen], label=label)
+        answered = np.isfinite(columns(store.get_scores(owner_ids, ids))["accuracy"])
+        store.put_proposals(
+            stage,
+            owner_ids,
+            ids,
+            [SOURCES[source] for source in drawn.sources[group, place]],
+            drawn.log_probs[group, place],
+            kept=answered,
+        )
+
+
+def choose(group: np.ndarray, gt_prob: np.ndarray, best: int, low: int) -> np.ndarray:
+    """Which pointers stage B answers: those of highest and those of lowest gt_prob.
+
+    Args:
+      group: int [n], which query a pointer belongs to.
+      gt_prob: [n] NaN where the prompt could not be scored.
+      best: pointers a query from the top.
+      low: pointers a query from the bottom.
+
+    Returns:
+      bool [n].
+    """
+    chosen = np.zeros(len(group), bool)
+    for query in np.unique(group):
+        own = np.flatnonzero((group == query) & np.isfinite(gt_prob))
+        order = own[np.argsort(-gt_prob[own], kind="stable")]
+        chosen[order[:best]] = True
+        chosen[order[max(len(order) - low, 0) :]] = True
+    return chosen
+
+
+def group_batch(
+    queries: PooledQueries,
+    query_ids: np.ndarray,
+    demo_ids: np.ndarray,
+    rewards: np.ndarray,
+    log_probs: np.ndarray,
+    *,
+    size: int | None = None,
+) -> GroupBatch:
+    """Gathers pointers into groups by query.
+
+    Args:
+      queries: with their pools; the batch names queries by row of it.
+      query_ids: int64 [n].
+      demo_ids: int64 [n, S] demonstration ids.
+      rewards: [n]; pointers without one (NaN) are left out.
+      log_probs: [n] under the policy that drew them, nats.
+      size: G; the largest group by default.
+
+    Returns:
+      One group a query that has any pointer, padded to G by mask.
+
+    Raises:
+      InputError: a pointer names a demonstration that is not in its query's pool.
+    """
+    order = np.argsort(queries.query_ids, kind="stable")
+    row = order[np.searchsorted(queries.query_ids[order], query_ids)]
+    known = np.isfinite(rewards)
+    matches = queries.pool_ids[row][:, None, :] == demo_ids[:, :, None]  # [n, S, K]
+    stray = ~matches.any(-1).all(-1)
+    if stray.any():
+        at = int(np.argmax(stray))
+        raise InputError(
+            f"query {query_ids[at]}: pointer {demo_ids[at].tolist()} names a demonstration outside "
+            "its candidate pool; the data were mined with other pools, use another --workdir"
+        )
+    actions = matches.argmax(-1).astype(np.int32)
+    members = [np.flatnonzero((row == r) & known) for r in np.unique(row)]
+    members = [m for m in members if len(m)]
+    width = size or max(map(len, members), default=1)
+    shape = (len(members), width)
+    batch = GroupBatch(
+        query_rows=np.array([row[m[0]] for m in members], np.int32),
+        pointers=np.zeros((*shape, demo_ids.shape[1]), np.int32),
+        rewards=np.zeros(shape, np.float32),
+        behaviour_log_probs=np.zeros(shape, np.float32),
+        mask=np.zeros(shape, bool),
+    )
+    for i, m in enumerate(members):
+        m = m[:width]
+        batch.pointers[i, : len(m)] = actions[m]
+        batch.rewards[i, : len(m)] = rewards[m]
+        batch.behaviour_log_probs[i, : len(m)] = log_probs[m]
+        batch.mask[i, : len(m)] = True
+    return batch
+
+
+def mined_groups(
+    stage: str, queries: PooledQueries, store: Store, reward: RewardConfig
+) -> GroupBatch:
+    """The kept pointers of a mining stage as training groups."""
+    mined, records = _mined(stage, queries, store)
+    kept = mined.kept == 1
+    rewards = reward.of(columns(records))
+    return group_batch(
+        queries,
+        mined.query_ids[kept],
+        mined.pointers[kept],
+        rewards[kept],
+        mined.log_probs[kept],
+    )
+
+
+def mined_candidates(
+    stage: str, queries: PooledQueries, store: Store, reward: RewardConfig
+) -> Candidates:
+    """Every proposal of a mining stage as rows for the health figures."""
+    mined, records = _mined(stage, queries, store)
+    scores = columns(records)
+    return Candidates(
+        query_id=mined.query_ids,
+        source=np.array(mined.sources),
+        gt_prob=scores["gt_prob"],
+        accuracy=scores["accuracy"],
+        reward=reward.of(scores),
+        failed=np.array([record.eval_failed is not None for record in records]),
+        pointer=mined.pointers,
+    )
+
+
+def _mined(stage, queries, store) -> tuple[Proposals, list[ScoreRecord]]:
+    mined = store.get_proposals(stage, queries.query_ids)
+    return mined, store.get_scores(mined.query_ids, mined.pointers)
+
+
+def on_policy_round(
+    queries: PooledQueries,
+    rows: np.ndarray,
+    proposer: Proposer,
+    params,
+    key: jax.Array,
+    service: ScoringService,
+    reward: RewardConfig,
+    *,
+    shots: int,
+    group_size: int,
+    verify: str,
+    config: MiningConfig,
+    label: str,
+) -> tuple[GroupBatch, dict[str, np.ndarray]]:
+    """Draws a group a query from the policy and has the VLM judge it, through both stages.
+
+    Args:
+      queries: with their pools.
+      rows: int [n] which of them.
+      proposer: draws pointers.
+      params: of the policy; the one that will be trained.
+      key: of the round.
+      service: scores and answers, through the store.
+      reward: how scores become rewards.
+      shots: S.
+      group_size: G, i.i.d. draws a query; equal draws are scored once and count twice.
+      verify: `all` answers every pointer; `top_m` only the best and the lowest ones, and leaves
+        the rest out of the group, which biases the gradient.
+      config: `verify_best` and `verify_low` for `top_m`.
+      label: of the progress bar.
+
+    Returns:
+      Groups [n, G], and the scores of the draws, flat.
+
+    Raises:
+      InputError: an unknown `verify`.
+    """
+    if verify not in VERIFY:
+        raise InputError(f"--verify={verify} is not one of {', '.join(VERIFY)}")
+    drawn = proposer.on_policy(params, key, rows, shots=shots, num=group_size)
+    group, place = np.nonzero(drawn.mask)
+    owner = np.asarray(rows)[group]
+    ids = queries.demo_ids(owner, drawn.pointers[group, place])
+    owner_ids = queries.query_ids[owner]
+    if verify == "top_m":
+        gt_prob = columns(service.score(owner_ids, ids, label=label))["gt_prob"]
+        chosen = choose(group, gt_prob, config.verify_best, config.verify_low)
+        owner_ids, ids, group, place = (x[chosen] for x in (owner_ids, ids, group, place))
+    scores = columns(service.verify(owner_ids, ids, label=label))
+    rewards = reward.of(scores)
+    batch = group_batch(
+        queries, owner_ids, ids, rewards, drawn.log_probs[group, place], size=group_size
+    )
+    return batch, {**scores, "reward": rewards}

@@ -1,0 +1,113 @@
+"""Draws pointers for many queries at once: samplers lifted over batches of fixed size.
+
+One compilation for each method, shots and number of pointers. Every query has its own key, made
+from the phase's key and the query's id, so its draws do not depend on the batch it is in.
+"""
+
+import functools
+import zlib
+from collections.abc import Mapping
+
+import jax
+import numpy as np
+
+from lever_jax.policy import Params, Policy
+from lever_jax.sampling import beam_search, sample_mixture, sample_temperature
+from lever_jax.training import PoolTable
+from lever_jax.types import Rollouts, source_index
+
+
+class Proposer:
+    """Samplers over the queries of a pool table.
+
+    Args:
+      policy: the selector.
+      table: embeddings and pools, on the device.
+      batch: queries of one call; the last call is padded.
+    """
+
+    def __init__(self, policy: Policy, table: PoolTable, batch: int = 64):
+        self._policy, self._table, self._batch = policy, table, batch
+        self._compiled: dict[tuple, object] = {}
+
+    def beam(self, params: Params, rows: np.ndarray, *, shots: int, width: int) -> Rollouts:
+        """The most probable pointers found by beam search of `width`, best first; 1 is greedy."""
+
+        def draw(policy, params, key, encoding, mask):
+            del key
+            return beam_search(policy, params, encoding, mask, num=width, shots=shots)
+
+        return self._run(("beam", shots, width), draw, params, jax.random.key(0), rows)
+
+    def greedy(self, params: Params, rows: np.ndarray, *, shots: int) -> np.ndarray:
+        """Returns int32 [n, S] actions, the most probable candidate at each shot."""
+        return self.beam(params, rows, shots=shots, width=1).pointers[:, 0]
+
+    def on_policy(
+        self, params: Params, key: jax.Array, rows: np.ndarray, *, shots: int, num: int
+    ) -> Rollouts:
+        """Independent draws from the policy itself, tagged `policy`."""
+
+        def draw(policy, params, key, encoding, mask):
+            drawn = sample_temperature(policy, params, key, encoding, mask, num=num, shots=shots)
+            return drawn._replace(sources=jax.numpy.full(num, source_index("policy")))
+
+        return self._run(("policy", shots, num), draw, params, key, rows)
+
+    def mixture(
+        self,
+        params: Params,
+        key: jax.Array,
+        rows: np.ndarray,
+        *,
+        shots: int,
+        num: int,
+        quotas: Mapping[str, int],
+        temperature: float,
+        top_p: float,
+    ) -> Rollouts:
+        """Different pointers from several samplers, see `sample_mixture`."""
+
+        def draw(policy, params, key, encoding, mask):
+            return sample_mixture(
+                policy,
+                params,
+                key,
+                encoding,
+                mask,
+                num=num,
+                shots=shots,
+                quotas=quotas,
+                temperature=temperature,
+                top_p=top_p,
+            )
+
+        name = ("mixture", shots, num, tuple(quotas.items()), temperature, top_p)
+        return self._run(name, draw, params, key, rows)
+
+    def _run(self, name: tuple, draw, params: Params, key: jax.Array, rows) -> Rollouts:
+        if name not in self._compiled:
+            self._compiled[name] = jax.jit(functools.partial(self._many, draw))
+        run, rows = self._compiled[name], np.asarray(rows, np.int32)
+        parts = []
+        for start in range(0, len(rows), self._batch):
+            chunk = rows[start : start + self._batch]
+            padded = np.pad(chunk, (0, self._batch - len(chunk)), mode="edge")
+            drawn = run(params, key, self._table, padded)
+            parts.append(drawn)
+        return Rollouts(*(np.concatenate(columns)[: len(rows)] for columns in zip(*parts)))
+
+    def _many(self, draw, params, key, table, rows):
+        def one(query, pool, query_id):
+            encoding = self._policy.encode(params, query, pool)
+            return draw(
+                self._policy, params, jax.random.fold_in(key, query_id), encoding, pool.mask
+            )
+
+        query, pool = table.read(rows)
+        return jax.vmap(one)(query, pool, table.query_ids[rows])
+
+
+def phase_key(seed: int, phase: str) -> jax.Array:
+    """The key of a phase: a stream of its own, whatever ran before or was resumed."""
+    return jax.random.fold_in(jax.random.key(seed), zlib.crc32(phase.encode()))

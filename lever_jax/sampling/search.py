@@ -1,0 +1,115 @@
+"""The search that beam search and stochastic beam search share: grow, score, keep the best."""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from lever_jax.masking import MASKED, masked_top_k, remove
+from lever_jax.policy import Encoding, Params, Policy, State, step_log_probs
+
+Score = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
+
+
+class Found(NamedTuple):
+    """The pointers that a search kept, best first.
+
+    Attributes:
+      pointers: [W, S] int32 actions.
+      log_probs: [W] under the policy.
+      scores: [W] what the search ranked them by.
+      mask: [W] bool, which rows are pointers.
+    """
+
+    pointers: jax.Array
+    log_probs: jax.Array
+    scores: jax.Array
+    mask: jax.Array
+
+
+class _Beams(NamedTuple):
+    """Prefixes of one length: n of them, n = 1 before the first pick and W after."""
+
+    pointers: jax.Array  # [n, S]
+    available: jax.Array  # [n, K]
+    state: State  # leaves [n, ...]; before the last action of the prefix
+    log_probs: jax.Array  # [n]
+    scores: jax.Array  # [n]
+    mask: jax.Array  # [n]
+
+
+def search(
+    policy: Policy,
+    params: Params,
+    key: jax.Array,
+    encoding: Encoding,
+    mask: jax.Array,
+    *,
+    width: int,
+    shots: int,
+    score: Score,
+    root_score: jax.Array,
+) -> Found:
+    """The `width` prefixes that score best, grown one pick at a time.
+
+    Args:
+      policy: the four functions.
+      params: its parameters.
+      key: of this query.
+      encoding: of the query and its pool.
+      mask: [K] bool, which candidates there are.
+      width: W, how many prefixes are kept.
+      shots: S.
+      score: (key, log_probs [K] of a prefix's continuations, the prefix's own score) -> their
+        scores [K].
+      root_score: score of the empty prefix.
+
+    Returns:
+      The pointers found [W], best first; equals in the order of their prefixes, then of the pool.
+    """
+    size = mask.shape[0]
+
+    def grow(beams, key, shot):
+        step = jax.vmap(step_log_probs, in_axes=(None, None, None, 0, 0))
+        log_probs = step(policy, params, encoding, beams.state, beams.available)
+        log_probs = beams.log_probs[:, None] + log_probs  # [n, K]
+        keys = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, jnp.arange(len(beams.scores)))
+        scores = jax.vmap(score)(keys, log_probs, beams.scores)
+        possible = beams.mask[:, None] & beams.available
+        scores, best, found = masked_top_k(scores.reshape(-1), possible.reshape(-1), width)
+        parent, action = best // size, (best % size).astype(jnp.int32)
+        return _Beams(
+            pointers=beams.pointers[parent].at[:, shot].set(action),
+            available=beams.available[parent],
+            state=jax.tree.map(lambda x: x[parent], beams.state),
+            log_probs=jnp.where(found, log_probs.reshape(-1)[best], MASKED),
+            scores=scores,
+            mask=found,
+        )
+
+    def take(beams, action):
+        update = jax.vmap(policy.update, in_axes=(None, None, 0, 0))
+        return beams._replace(
+            state=update(params, encoding, beams.state, action),
+            available=jax.vmap(remove)(beams.available, action),
+        )
+
+    def step(beams, key_and_shot):
+        key, shot = key_and_shot
+        beams = take(beams, beams.pointers[:, shot - 1])
+        return grow(beams, key, shot), None
+
+    root = _Beams(
+        pointers=jnp.zeros((1, shots), jnp.int32),
+        available=mask[None],
+        state=jax.tree.map(lambda x: x[None], policy.start(params, encoding)),
+        log_probs=jnp.zeros(1),
+        scores=root_score[None],
+        mask=jnp.ones(1, bool),
+    )
+    keys = jax.random.split(key, shots)
+    # The first pick stands outside the scan: it has one prefix to grow, not W.
+    beams = grow(root, keys[0], 0)
+    beams, _ = jax.lax.scan(step, beams, (keys[1:], jnp.arange(1, shots)))
+    return Found(beams.pointers, beams.log_probs, beams.scores, beams.mask)

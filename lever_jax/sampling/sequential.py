@@ -1,0 +1,72 @@
+"""Draws pointers one pick at a time, each independent of the others.
+
+Temperature and top-p sampling differ only in the behaviour: what they make of the policy's logits
+before each pick.
+"""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+
+from lever_jax.masking import masked_draw, remove
+from lever_jax.policy import Encoding, Params, Policy
+from lever_jax.sampling.rollouts import as_rollouts
+from lever_jax.types import Rollouts
+
+Behaviour = Callable[[jax.Array, jax.Array], jax.Array]
+
+
+def draw_sequentially(
+    policy: Policy,
+    params: Params,
+    key: jax.Array,
+    encoding: Encoding,
+    mask: jax.Array,
+    *,
+    num: int,
+    shots: int,
+    behaviour: Behaviour,
+    source: int,
+) -> Rollouts:
+    """Independent pointers; one may come more than once, a candidate within a pointer never.
+
+    Args:
+      policy: the four functions.
+      params: its parameters.
+      key: of this query. Row i depends on the key and i alone, so more draws only append.
+      encoding: of the query and its pool.
+      mask: [K] bool, which candidates there are.
+      num: G, how many pointers.
+      shots: S.
+      behaviour: (logits [K], available [K] bool) -> log-probabilities [K] of the next pick.
+      source: index into `SOURCES`.
+
+    Returns:
+      Rollouts [num]; log_probs are the behaviour's.
+    """
+
+    def pick(key, state, available):
+        log_probs = behaviour(policy.logits(params, encoding, state), available)
+        action = masked_draw(key, log_probs)
+        return action, log_probs[action]
+
+    def one_pointer(key):
+        keys = jax.random.split(key, shots)
+
+        def step(carry, key):
+            state, available, previous = carry
+            state = policy.update(params, encoding, state, previous)
+            available = remove(available, previous)
+            action, log_prob = pick(key, state, available)
+            return (state, available, action), (action, log_prob)
+
+        # The first pick stands outside the scan: under vmap its logits are computed once for all.
+        state = policy.start(params, encoding)
+        action, log_prob = pick(keys[0], state, mask)
+        _, (actions, log_probs) = jax.lax.scan(step, (state, mask, action), keys[1:])
+        return jnp.append(action, actions), log_prob + jnp.sum(log_probs)
+
+    keys = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, jnp.arange(num))
+    pointers, log_probs = jax.vmap(one_pointer)(keys)
+    return as_rollouts(pointers, log_probs, source, jnp.sum(mask) >= shots)

@@ -1,0 +1,182 @@
+"""Scores through the store: what is known is read, what is not is scored once and written down.
+
+Every stage (warm-up search, mining, on-policy rounds, evaluation) asks here and nowhere else, so
+the score of a prompt is never computed twice, whichever stage asked first. A batch is committed
+as it lands; a run that is killed loses at most the batches in flight.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from typing import Any, Protocol
+
+import numpy as np
+
+from lever_jax.store import ScoreRecord, Store
+
+Progress = Callable[[str, int], AbstractContextManager[Callable[[int], None]]]
+
+
+class Environment(Protocol):
+    """The VLM, as the policy half sees it; results are objects with the fields named below.
+
+    `score` results have gt_prob, answer_log_probs, certified, margin, texts, accuracy,
+    accuracy_official, confidence, similarity and reasons; `answer` results have texts, accuracy,
+    accuracy_official, confidence, similarity and reasons. Each calls `on_batch(rows, result)` in
+    this thread as batches land.
+    """
+
+    def score(self, queries: np.ndarray, pointers: np.ndarray, on_batch=None) -> Any:
+        """Scores prompts without generating: queries int64 [n], pointers int64 [n, S]."""
+
+    def answer(self, queries: np.ndarray, pointers: np.ndarray, on_batch=None) -> Any:
+        """Generates greedily for prompts and judges the answers."""
+
+
+@dataclasses.dataclass
+class ScoringCounts:
+    """What the service was asked for and what it had to compute, in prompts.
+
+    Attributes:
+      asked: prompts asked for, repeats included.
+      scored: prompts that went through stage A.
+      generated: prompts whose answer had to be generated.
+      verified: prompts whose answer a certificate gave for free.
+    """
+
+    asked: int = 0
+    scored: int = 0
+    generated: int = 0
+    verified: int = 0
+
+
+class ScoringService:
+    """Scores and answers of prompts, each computed once.
+
+    Args:
+      store: where they are kept.
+      environment: what computes them.
+      progress: shows a bar; called with a label and a total.
+    """
+
+    def __init__(self, store: Store, environment: Environment, progress: Progress):
+        self.store, self._environment, self._progress = store, environment, progress
+        self.counts = ScoringCounts()
+
+    def score(self, query_ids, pointers, *, label: str) -> list[ScoreRecord]:
+        """Stage A: `vqa_gt_prob` of prompts, without generating.
+
+        Args:
+          query_ids: int64 [n].
+          pointers: int64 [n, S] demonstration ids in prompt order, right-padded with -1.
+          label: what the progress bar says.
+
+        Returns:
+          n records in the caller's order; equal prompts share a record.
+        """
+        query_ids, pointers = np.asarray(query_ids), np.asarray(pointers)
+        self.counts.asked += len(query_ids)
+        known = self.store.present(query_ids, pointers)
+        fresh = _distinct(query_ids, pointers, np.flatnonzero(~known))
+        if len(fresh):
+            with self._progress(label, len(fresh)) as advance:
+
+                def land(rows, batch):
+                    landed = fresh[rows]
+                    self._put_scores(query_ids[landed], pointers[landed], batch)
+                    advance(len(rows))
+
+                self._environment.score(query_ids[fresh], pointers[fresh], on_batch=land)
+        return self.store.get_scores(query_ids, pointers)
+
+    def verify(self, query_ids, pointers, *, label: str) -> list[ScoreRecord]:
+        """Stage B: the VLM's own answers to prompts; arguments and result as for `score`.
+
+        Prompts whose answer stage A has certified are not generated again.
+        """
+        records = self.score(query_ids, pointers, label=label)
+        open_ = [
+            row
+            for row, record in enumerate(records)
+            if not record.answered and record.eval_failed is None
+        ]
+        query_ids, pointers = np.asarray(query_ids), np.asarray(pointers)
+        fresh = _distinct(query_ids, pointers, np.array(open_, np.int64))
+        if not len(fresh):
+            return records
+        with self._progress(f"{label}: generate", len(fresh)) as advance:
+
+            def land(rows, batch):
+                landed = fresh[rows]
+                self._put_answers(query_ids[landed], pointers[landed], batch)
+                advance(len(rows))
+
+            self._environment.answer(query_ids[fresh], pointers[fresh], on_batch=land)
+        return self.store.get_scores(query_ids, pointers)
+
+    def _put_scores(self, query_ids, pointers, batch) -> None:
+        records = []
+        for row, (query_id, pointer) in enumerate(zip(query_ids, pointers)):
+            record = ScoreRecord(int(query_id), _key(pointer))
+            if row in batch.reasons:
+                record.eval_failed = batch.reasons[row]
+            else:
+                log_probs = np.asarray(batch.answer_log_probs[row], np.float32)
+                record.gt_prob = float(batch.gt_prob[row])
+                record.answer_log_probs = log_probs[np.isfinite(log_probs)]
+                record.margin = float(batch.margin[row])
+                if batch.certified[row] >= 0:
+                    record.certified = batch.texts[row]
+                    _set_answer(record, batch, row, "verified")
+                    self.counts.verified += 1
+            records.append(record)
+        self.counts.scored += len(records)
+        self.store.put_scores(records)
+
+    def _put_answers(self, query_ids, pointers, batch) -> None:
+        records = self.store.get_scores(query_ids, pointers)
+        for row, record in enumerate(records):
+            if row in batch.reasons:
+                record.eval_failed = batch.reasons[row]
+            else:
+                _set_answer(record, batch, row, "generated")
+        self.counts.generated += len(records)
+        self.store.put_answers(records)
+
+
+def columns(records: list[ScoreRecord]) -> dict[str, np.ndarray]:
+    """Scores as float32 arrays [n]: gt_prob, accuracy, similarity, confidence; NaN where unknown.
+
+    A record that failed has NaN everywhere, never 0.
+    """
+    names = ("gt_prob", "accuracy", "accuracy_official", "similarity", "confidence")
+    out = {name: np.full(len(records), np.nan, np.float32) for name in names}
+    for row, record in enumerate(records):
+        if record.eval_failed is not None:
+            continue
+        for name in names:
+            value = getattr(record, name)
+            if value is not None:
+                out[name][row] = value
+    return out
+
+
+def _set_answer(record: ScoreRecord, batch, row: int, how: str) -> None:
+    record.prediction = batch.texts[row]
+    for name in ("accuracy", "accuracy_official", "confidence", "similarity"):
+        value = float(getattr(batch, name)[row])
+        setattr(record, name, None if math.isnan(value) else value)
+    record.how = how
+
+
+def _key(pointer) -> tuple[int, ...]:
+    return tuple(int(i) for i in pointer if i >= 0)
+
+
+def _distinct(query_ids, pointers, rows) -> np.ndarray:
+    """The rows of each distinct prompt's first appearance."""
+    first: dict[tuple, int] = {}
+    for row in rows:
+        first.setdefault((int(query_ids[row]), _key(pointers[row])), int(row))
+    return np.fromiter(first.values(), np.int64, len(first))

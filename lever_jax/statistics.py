@@ -1,0 +1,264 @@
+"""Intervals for the few figures this project reports: means, paired differences, shares, ranks.
+
+A number without an interval is not a result, so every function here returns an `Estimate`: the
+value, its bounds and how many observations it rests on. What cannot be known is None, never NaN,
+and degenerate data (empty, one value, all equal) give no warning. Intervals are bootstraps seeded
+by argument, so a figure printed twice is the same figure.
+"""
+
+import warnings
+from typing import NamedTuple
+
+import numpy as np
+import scipy.stats
+
+_BCA_LIMIT = 2_000  # SciPy's jackknife is quadratic in n; past this, skewness no longer matters
+_CELLS_AT_A_TIME = 4_000_000
+
+
+class Estimate(NamedTuple):
+    """A figure with its interval.
+
+    Attributes:
+      value: None if the data cannot give one.
+      low, high: bounds of the interval; None if the data cannot give them.
+      n: observations (for clustered figures: clusters) behind it.
+    """
+
+    value: float | None
+    low: float | None
+    high: float | None
+    n: int
+
+    @property
+    def interval(self) -> list[float] | None:
+        """[low, high] as the JSON files want it, or None."""
+        return None if self.low is None else [self.low, self.high]
+
+
+def mean_ci(
+    values: np.ndarray, *, confidence: float = 0.95, resamples: int = 5000, seed: int = 0
+) -> Estimate:
+    """Mean with a bootstrap interval.
+
+    The interval is BCa (bias-corrected and accelerated) up to 2,000 values and percentile above,
+    where the two agree.
+
+    Args:
+      values: [n] finite numbers.
+      confidence: in (0, 1).
+      resamples: bootstrap resamples.
+      seed: of the resampling.
+
+    Returns:
+      `Estimate`. No value if n = 0, no interval if n = 1; all values equal give an interval of
+      zero width (for a share of yes and no, `share_ci` is the honest one).
+
+    Raises:
+      ValueError: a value is NaN or infinite.
+
+    References: Efron, Better bootstrap confidence intervals, 1987; `scipy.stats.bootstrap`.
+    """
+    values = _finite("values", values)
+    n = len(values)
+    if n == 0:
+        return Estimate(None, None, None, 0)
+    if np.ptp(values) == 0:
+        value = float(values[0])
+        bound = value if n > 1 else None
+        return Estimate(value, bound, bound, n)
+    value = float(values.mean())
+    for method in ("BCa", "percentile"):
+        if method == "BCa" and n > _BCA_LIMIT:
+            continue
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # a degenerate BCa says NaN, and that is enough
+            interval = scipy.stats.bootstrap(
+                (values,),
+                np.mean,
+                n_resamples=resamples,
+                batch=max(1, _CELLS_AT_A_TIME // n),
+                confidence_level=confidence,
+                method=method,
+                rng=np.random.default_rng(seed),
+            ).confidence_interval
+        if np.isfinite(interval.low) and np.isfinite(interval.high):
+            return Estimate(value, float(interval.low), float(interval.high), n)
+    return Estimate(value, None, None, n)
+
+
+def paired_difference(
+    a: np.ndarray,
+    b: np.ndarray,
+    *,
+    confidence: float = 0.95,
+    resamples: int = 5000,
+    seed: int = 0,
+) -> Estimate:
+    """Mean of a - b over the same queries, with a paired bootstrap interval.
+
+    Resampling queries keeps each pair together, so what makes a query easy for both methods
+    cancels. Average repeated runs per query first: runs on one query are not new queries.
+
+    Args:
+      a, b: [n] one finite number a query, in the same order.
+      confidence, resamples, seed: as in `mean_ci`.
+
+    Returns:
+      `Estimate` of mean(a) - mean(b), degenerate data as in `mean_ci`.
+
+    Raises:
+      ValueError: lengths differ, or a value is NaN or infinite.
+    """
+    a, b = _finite("a", a), _finite("b", b)
+    if len(a) != len(b):
+        raise ValueError(f"a and b must hold the same queries; they hold {len(a)} and {len(b)}")
+    return mean_ci(a - b, confidence=confidence, resamples=resamples, seed=seed)
+
+
+def share_ci(
+    hits: np.ndarray,
+    totals: np.ndarray | None = None,
+    *,
+    confidence: float = 0.95,
+    resamples: int = 1000,
+    seed: int = 0,
+) -> Estimate:
+    """Share of yes among yes-or-no observations, alone or clustered by query.
+
+    share = sum_q hits_q / sum_q totals_q
+
+    Without clusters the interval is Wilson's. With clusters it is a percentile bootstrap over
+    queries, since candidates of one query are alike; where every observation agrees, a bootstrap
+    would claim certainty, and it is Wilson's with each query counted once.
+
+    Args:
+      hits: [n] 0 or 1, or with totals [Q] the number of yes in each query.
+      totals: [Q] observations in each query; a query with 0 is left out.
+      confidence, resamples, seed: as in `mean_ci`.
+
+    Returns:
+      `Estimate`; n counts observations, or the queries that have any. None if there are none.
+
+    References: Wilson, Probable inference, 1927; Field & Welsh, Bootstrapping clustered data,
+      2007.
+    """
+    hits = _finite("hits", hits)
+    clustered = totals is not None
+    totals = _finite("totals", totals) if clustered else np.ones_like(hits)
+    hits, totals = hits[totals > 0], totals[totals > 0]
+    n = len(hits)
+    if n == 0:
+        return Estimate(None, None, None, 0)
+    value = float(hits.sum() / totals.sum())
+    if not clustered or value in (0.0, 1.0):
+        wilson = scipy.stats.binomtest(round(value * n), n).proportion_ci(confidence, "wilson")
+        return Estimate(value, float(wilson.low), float(wilson.high), n)
+    if n == 1:
+        return Estimate(value, None, None, 1)
+    rng = np.random.default_rng(seed)
+    shares = []
+    for size in _batches(resamples, n):
+        drawn = rng.integers(n, size=(size, n))
+        shares.append(hits[drawn].sum(axis=1) / totals[drawn].sum(axis=1))
+    return Estimate(value, *_percentiles(np.concatenate(shares), confidence), n)
+
+
+def spearman(
+    x: np.ndarray,
+    y: np.ndarray,
+    *,
+    clusters: np.ndarray | None = None,
+    confidence: float = 0.95,
+    resamples: int = 1000,
+    seed: int = 0,
+) -> Estimate:
+    """Spearman's rank correlation with a bootstrap interval.
+
+    Each resample is ranked anew, ties sharing their rank. With clusters, whole queries are
+    resampled, because candidates of one query are not independent.
+
+    Args:
+      x, y: [n] finite numbers.
+      clusters: [n] query of each row (any integers), or None for independent rows.
+      confidence, resamples, seed: as in `mean_ci`.
+
+    Returns:
+      `Estimate`; n counts rows. No value for fewer than two rows or where x or y is all equal.
+      No interval for fewer than two clusters, or where more than half of the resamples are
+      degenerate; the other degenerate ones are left out.
+
+    Raises:
+      ValueError: lengths differ, or a value is NaN or infinite.
+    """
+    x, y = _finite("x", x), _finite("y", y)
+    n = len(x)
+    if n != len(y):
+        raise ValueError(f"x and y must have one length; they have {n} and {len(y)}")
+    if n < 2 or np.ptp(x) == 0 or np.ptp(y) == 0:
+        return Estimate(None, None, None, n)
+    value = float(scipy.stats.spearmanr(x, y).statistic)
+    clusters = np.arange(n) if clusters is None else np.unique(clusters, return_inverse=True)[1]
+    num_clusters = int(clusters.max()) + 1
+    if num_clusters < 2:
+        return Estimate(value, None, None, n)
+    # A resample is a whole-number weight for each row, so nothing need be sorted again.
+    order = np.argsort(x, kind="stable")
+    x_code = np.unique(x[order], return_inverse=True)[1]
+    x_ends = np.flatnonzero(np.diff(x_code, append=-1))
+    y_code = np.unique(y[order], return_inverse=True)[1]
+    clusters = clusters[order]
+    rng = np.random.default_rng(seed)
+    found = np.empty(resamples)
+    for i in range(resamples):
+        drawn = np.bincount(rng.integers(num_clusters, size=num_clusters), minlength=num_clusters)
+        found[i] = _weighted_spearman(drawn[clusters].astype(np.float64), x_ends, x_code, y_code)
+    found = found[np.isfinite(found)]
+    if 2 * len(found) < resamples:
+        return Estimate(value, None, None, n)
+    return Estimate(value, *_percentiles(found, confidence), n)
+
+
+def _weighted_spearman(
+    weights: np.ndarray, x_ends: np.ndarray, x_code: np.ndarray, y_code: np.ndarray
+) -> float:
+    """Spearman of rows repeated `weights` times, rows sorted by x; NaN if degenerate.
+
+    x_ends holds the last row of each different x, and the codes are dense ranks. A rank is the
+    average rank of its ties, less that of all rows; the sum over rows of its square is then
+    (W^3 - sum of w^3) / 12, for W rows in ties of w, but for terms that cancel in the ratio.
+    """
+    x_rank, x_weight = np.cumsum(weights), weights
+    total = x_rank[-1]
+    if len(x_ends) < len(x_rank):
+        x_rank = x_rank[x_ends]
+        x_weight = np.diff(x_rank, prepend=0.0)
+    x_rank -= (x_weight + total) / 2
+    y_weight = np.bincount(y_code, weights)
+    y_rank = np.cumsum(y_weight) - (y_weight + total) / 2
+    x_square, y_square = (total**3 - np.einsum("i,i,i", w, w, w) for w in (x_weight, y_weight))
+    if min(x_square, y_square) < 1e-9 * total**3:  # one row apart from the rest gives 3 / n
+        return np.nan
+    product = y_rank[y_code]
+    product *= weights
+    if len(x_ends) < len(product):
+        x_rank = x_rank[x_code]
+    return float(12 * (product @ x_rank) / np.sqrt(x_square) / np.sqrt(y_square))
+
+
+def _finite(name: str, values: np.ndarray) -> np.ndarray:
+    values = np.asarray(values, np.float64).ravel()
+    if not np.isfinite(values).all():
+        raise ValueError(f"{name} must be finite; {int((~np.isfinite(values)).sum())} are not")
+    return values
+
+
+def _percentiles(resampled: np.ndarray, confidence: float) -> tuple[float, float]:
+    tail = (1 - confidence) / 2
+    low, high = np.quantile(resampled, [tail, 1 - tail])
+    return float(low), float(high)
+
+
+def _batches(resamples: int, n: int) -> list[int]:
+    size = max(1, min(resamples, _CELLS_AT_A_TIME // n))
+    return [min(size, resamples - done) for done in range(0, resamples, size)]

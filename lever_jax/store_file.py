@@ -1,0 +1,240 @@
+"""One SQLite file with checksummed rows, nested transactions and a single writer.
+
+The half of `lever_jax.store` that does not care what the rows say: opening and refusing, commit
+and undo, the marks of finished stages, counters, and the walk over the whole file.
+"""
+
+import contextlib
+import json
+import sqlite3
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Self
+
+from lever_jax import store_schema as schema
+from lever_jax.store_lock import WriterLock
+from lever_jax.store_schema import StoreError
+
+# The second is how a message of SQLite that quotes damaged bytes arrives.
+_SQLITE_ERRORS = (sqlite3.Error, UnicodeDecodeError)
+
+
+class StoreFile:
+    """An open store without the tables of records; see `lever_jax.store.Store`."""
+
+    def __init__(self, path: Path, db: sqlite3.Connection, lock: WriterLock | None):
+        self.path = path
+        self.fingerprint: dict[str, str] = {}
+        self._db = db
+        self._lock = lock
+        self._depth = 0
+        self._rows = schema.RowChecksums()
+
+    @classmethod
+    def open(
+        cls,
+        path: str | Path,
+        fingerprint: dict[str, str] | None = None,
+        *,
+        read_only: bool = False,
+    ) -> Self:
+        """Opens a store, making it first where there is none.
+
+        Args:
+          path: the file; `-wal`, `-shm` and `.lock` stand beside it while it is open.
+          fingerprint: model, prompt template, generation settings, dataset, metric and whatever
+            else a score depends on. It must equal the one in the file. None takes the file's.
+          read_only: needs no lock and changes nothing, but the file must exist.
+
+        Raises:
+          StoreError: another process writes, the fingerprint differs, or the file is not a store,
+            is newer than this code, or is damaged.
+        """
+        path = Path(path)
+        if read_only and not path.is_file():
+            raise StoreError(f"there is no store {path}; mine first, or correct the path")
+        lock = db = None
+        try:
+            if not read_only:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                lock = WriterLock(path)
+            with named_errors(path):
+                db = schema.connect(path, read_only=read_only)
+                store = cls(path, db, lock)
+                store._set_up(fingerprint, read_only)
+            return store
+        except BaseException as error:
+            if db is not None:
+                db.close()
+            if lock is not None:
+                lock.release()
+            if isinstance(error, OSError):
+                raise StoreError(f"cannot open {path} for writing: {error}") from error
+            raise
+
+    def _set_up(self, fingerprint: dict[str, str] | None, read_only: bool) -> None:
+        if not (schema.is_empty(self._db) and not read_only):
+            schema.check_ours(self._db, self.path)
+        elif fingerprint is None:
+            raise ValueError(f"{self.path} is new: a new store needs a fingerprint")
+        schema.configure(self._db, read_only=read_only)
+        if schema.version(self._db) < len(schema.MIGRATIONS):
+            if read_only:
+                raise StoreError(f"{self.path} has an older schema; open it for writing once")
+            with self.transaction():
+                new = schema.version(self._db) == 0
+                schema.migrate(self._db)
+                if new:
+                    row = ("fingerprint", schema.canonical_json(fingerprint))
+                    sql = schema.insert_sql("meta")
+                    self._db.execute(sql, self._rows.seal("meta", row))
+        schema.check_schema(self._db, self.path)
+        row = self._db.execute(schema.select_sql("meta", "WHERE key = 'fingerprint'")).fetchone()
+        if row is None:
+            raise StoreError(f"{self.path}: table meta has no fingerprint, so the file is damaged")
+        self.fingerprint = json.loads(self._rows.open("meta", row, key="fingerprint")[1])
+        if fingerprint is not None:
+            schema.check_fingerprint(self.path, self.fingerprint, fingerprint)
+        self._rows = schema.RowChecksums(self.fingerprint)
+
+    def close(self) -> None:
+        """Closes the file, and folds the write-ahead log into it. Safe to call twice."""
+        try:
+            self._db.close()
+        finally:
+            if self._lock is not None:
+                self._lock.release()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.close()
+
+    @contextlib.contextmanager
+    def transaction(self) -> Iterator[Self]:
+        """All the puts inside commit together or not at all. May be nested.
+
+        An exception undoes everything since the innermost `with`, and goes on upwards.
+        """
+        if self._lock is None:
+            raise StoreError(f"{self.path} is open for reading only")
+        if self._depth and not self._db.in_transaction:
+            raise StoreError(f"{self.path}: the transaction was undone by an earlier failure")
+        begin, end, undo = "BEGIN IMMEDIATE", "COMMIT", ("ROLLBACK",)
+        if self._depth:
+            name = f"level_{self._depth}"
+            begin, end = f"SAVEPOINT {name}", f"RELEASE {name}"
+            undo = (f"ROLLBACK TO {name}", f"RELEASE {name}")
+        with named_errors(self.path):
+            self._db.execute(begin)
+            self._depth += 1
+            try:
+                yield self
+                self._db.execute(end)
+            except BaseException:
+                # SQLite has already rolled back by itself where the disk is full.
+                with contextlib.suppress(sqlite3.Error):
+                    for statement in undo:
+                        self._db.execute(statement)
+                raise
+            finally:
+                self._depth -= 1
+
+    # --- stages ---------------------------------------------------------------------------------
+
+    def mark_done(self, name: str, info: dict) -> None:
+        """Notes that a stage is finished; `info` is JSON. A second note replaces the first."""
+        row = self._rows.seal("stages", (name, schema.canonical_json(info)))
+        with self.transaction():
+            self._db.execute("DELETE FROM stages WHERE name = ?", (name,))
+            self._db.execute(schema.insert_sql("stages"), row)
+
+    def done(self, name: str) -> dict | None:
+        """What `mark_done` noted about a stage, or None if it is not finished."""
+        with named_errors(self.path):
+            sql = schema.select_sql("stages", "WHERE name = ?")
+            row = self._db.execute(sql, (name,)).fetchone()
+            return None if row is None else json.loads(self._rows.open("stages", row, name=name)[1])
+
+    # --- the whole ------------------------------------------------------------------------------
+
+    def counts(self) -> dict[str, int]:
+        """Rows of each kind and the duplicates that were turned away, without a scan."""
+        counts = dict.fromkeys(("scores", "answers", "pools", "proposals"), 0)
+        counts.update({f"duplicate_{name}": 0 for name in ("scores", "answers")})
+        with named_errors(self.path):
+            rows = self._db.execute(schema.select_sql("counters")).fetchall()
+            counts.update(self._rows.open("counters", row) for row in rows)
+            counts["stages"] = self._db.execute("SELECT count(*) FROM stages").fetchone()[0]
+        return counts
+
+    def verify(self) -> list[str]:
+        """Reads the whole file; the faults found, each with its table and key. [] is sound."""
+        faults = []
+        try:
+            lines = [row[0] for row in self._db.execute("PRAGMA integrity_check")]
+            faults += [f"integrity_check: {line}" for line in lines if line != "ok"]
+        except _SQLITE_ERRORS as error:
+            faults.append(f"integrity_check: {error}")
+        seen = {}
+        for table in schema.TABLES:
+            name = "the first row"
+            seen[table] = 0
+            try:
+                for row in self._db.execute(schema.select_sql(table)):
+                    seen[table] += 1
+                    name = schema.name_row(table, row)
+                    try:
+                        self._rows.open(table, row)
+                    except StoreError as error:
+                        faults.append(str(error))
+            except _SQLITE_ERRORS as error:
+                faults.append(f"table {table}, at or after {name}: {error}")
+        try:
+            for table, count in self.counts().items():
+                if table in seen and seen[table] != count:
+                    faults.append(f"table {table}: {seen[table]} rows of {count} are there")
+        except StoreError as error:
+            faults.append(str(error))
+        return faults
+
+    # --- for the tables of records --------------------------------------------------------------
+
+    def _insert_new(self, table: str, rows: list[tuple], key: str) -> int:
+        """Inserts the rows whose key is new, counts them, and returns how many were not."""
+        if not rows:
+            return 0
+        sql = schema.insert_sql(table, f"ON CONFLICT ({key}) DO NOTHING")
+        inserted = self._db.executemany(sql, [self._rows.seal(table, row) for row in rows]).rowcount
+        duplicates = len(rows) - inserted
+        self._count(table, inserted)
+        if table in ("scores", "answers"):
+            self._count(f"duplicate_{table}", duplicates)
+        return duplicates
+
+    def _count(self, name: str, more: int) -> None:
+        if not more:
+            return
+        sql = schema.select_sql("counters", "WHERE name = ?")
+        row = self._db.execute(sql, (name,)).fetchone()
+        value = more if row is None else self._rows.open("counters", row, name=name)[1] + more
+        self._db.execute("DELETE FROM counters WHERE name = ?", (name,))
+        sealed = self._rows.seal("counters", (name, value))
+        self._db.execute(schema.insert_sql("counters"), sealed)
+
+
+@contextlib.contextmanager
+def named_errors(path: Path) -> Iterator[None]:
+    """Turns an error of SQLite into a StoreError that names the file and the mend."""
+    try:
+        yield
+    except _SQLITE_ERRORS as error:
+        name = getattr(error, "sqlite_errorname", None) or type(error).__name__
+        mend = {
+            "SQLITE_FULL": "make space and start again; what was committed is safe",
+            "SQLITE_READONLY": "it was opened read-only, or its folder is not writable",
+            "SQLITE_NOTADB": "it is not a store, or its first bytes are damaged",
+            "SQLITE_BUSY": "another process holds it; try again when that has ended",
+        }.get(name, "the file may be damaged; Store.verify lists what is")
+        raise StoreError(f"{path}: {error} ({name}); {mend}") from error

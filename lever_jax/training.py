@@ -1,0 +1,240 @@
+"""Jitted training steps: supervised, RCE and GRPO, over batches of query groups.
+
+The embeddings lie on the device once (`PoolTable`); a batch names queries by row and carries
+pointers and rewards only. All three steps share one shape of batch, so a phase compiles once.
+"""
+
+import dataclasses
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from lever_jax.advantages import compute_advantages
+from lever_jax.losses import exact_kl, grpo_loss, mean_over_groups, rce_loss, supervised_loss
+from lever_jax.policy import Params, Policy, pointer_log_probs
+from lever_jax.types import CandidatePool
+
+
+class PoolTable(NamedTuple):
+    """All embeddings, and each query's pool as rows of the bank.
+
+    Attributes:
+      queries: [Q, D] float32 query embeddings.
+      bank: [N, D] float32 demonstration embeddings.
+      rows: [Q, K] int32 rows of the bank; anything where the mask is false.
+      mask: [Q, K] bool.
+      query_ids: [Q] uint32, for keys that do not depend on the batch.
+    """
+
+    queries: jax.Array
+    bank: jax.Array
+    rows: jax.Array
+    mask: jax.Array
+    query_ids: jax.Array
+
+    def read(self, query_rows: jax.Array) -> tuple[jax.Array, CandidatePool]:
+        """Returns queries [B, D] and pools [B, K, D] of the rows [B]."""
+        rows = self.rows[query_rows]
+        return self.queries[query_rows], CandidatePool(self.bank[rows], self.mask[query_rows])
+
+
+class GroupBatch(NamedTuple):
+    """B query groups of G pointers; padding is masked.
+
+    Attributes:
+      query_rows: [B] int32 rows of the pool table.
+      pointers: [B, G, S] int32 actions.
+      rewards: [B, G] float32; weights of the targets in the supervised step.
+      behaviour_log_probs: [B, G] float32, read by GRPO only.
+      mask: [B, G] bool, which pointers count.
+    """
+
+    query_rows: np.ndarray
+    pointers: np.ndarray
+    rewards: np.ndarray
+    behaviour_log_probs: np.ndarray
+    mask: np.ndarray
+
+
+class TrainState(NamedTuple):
+    """What a step changes.
+
+    Attributes:
+      params: of the selector.
+      opt_state: of the optimiser.
+      step: int32, optimiser steps done.
+    """
+
+    params: Params
+    opt_state: optax.OptState
+    step: jax.Array
+
+
+@dataclasses.dataclass(frozen=True)
+class LossConfig:
+    """Settings of the losses; see `losses.py` for each.
+
+    Attributes:
+      tau: temperature of RCE's softmax over rewards, > 0.
+      advantage: `group`, `mean`, `leave_one_out` or `rank`.
+      clip_low: GRPO's ratio is clipped below at 1 - clip_low.
+      clip_high: and above at 1 + clip_high.
+      kl_coef: weight of the exact KL to the reference, nats.
+      min_range: a group whose rewards span less is flat and dropped.
+    """
+
+    tau: float = 1.0
+    advantage: str = "group"
+    clip_low: float = 0.2
+    clip_high: float = 0.28
+    kl_coef: float = 0.02
+    min_range: float = 1e-3
+
+
+def make_optimizer(
+    learning_rate: float, *, steps: int, warmup: int = 20, weight_decay: float = 1e-4
+) -> optax.GradientTransformation:
+    """AdamW with a short linear warm-up, a cosine to a tenth, and gradients clipped to norm 1."""
+    warmup = min(warmup, max(steps // 5, 1))
+    schedule = optax.warmup_cosine_decay_schedule(
+        learning_rate / 10, learning_rate, warmup, max(steps, warmup + 1), learning_rate / 10
+    )
+    return optax.chain(
+        optax.clip_by_global_norm(1.0), optax.adamw(schedule, weight_decay=weight_decay)
+    )
+
+
+def init_state(params: Params, optimizer: optax.GradientTransformation) -> TrainState:
+    """A fresh state around `params`, which are copied so that donation cannot delete them."""
+    params = jax.tree.map(jnp.array, params)
+    return TrainState(params, optimizer.init(params), jnp.zeros((), jnp.int32))
+
+
+def log_probs_of(policy: Policy, params: Params, query, pool: CandidatePool, pointers):
+    """Log-probabilities [G] and per-step distributions [G, S, K] of one query's pointers."""
+    encoding = policy.encode(params, query, pool)
+    return pointer_log_probs(policy, params, encoding, pool.mask, pointers)
+
+
+def make_step(kind: str, policy: Policy, optimizer, config: LossConfig):
+    """Returns the jitted step of a phase.
+
+    Args:
+      kind: `supervised`, `rce` or `grpo`.
+      policy: the selector.
+      optimizer: from `make_optimizer`.
+      config: settings of the losses.
+
+    Returns:
+      step(state, reference, table, batch) -> (state, metrics): the new state (the old one is
+      donated) and scalars. `reference` are the parameters that the KL of GRPO is measured to.
+    """
+    losses = {"supervised": _supervised, "rce": _rce, "grpo": _grpo}[kind]
+
+    def loss_fn(params, reference, table, batch):
+        query, pool = table.read(batch.query_rows)
+        per_query = functools.partial(losses, policy, config, params, reference)
+        loss, counted, aux = jax.vmap(per_query)(query, pool, batch)
+        present = jnp.any(batch.mask, axis=1)
+        total = mean_over_groups(loss, counted)
+        metrics = {
+            "loss": total,
+            "groups": jnp.sum(present),
+            "flat_share": 1 - jnp.sum(counted) / jnp.maximum(jnp.sum(present), 1),
+            **{
+                name: jnp.sum(jnp.where(present, value, 0)) / jnp.maximum(jnp.sum(present), 1)
+                for name, value in aux.items()
+            },
+        }
+        # The penalty holds every policy near its reference, flat groups included.
+        return total + config.kl_coef * metrics["kl"] if kind == "grpo" else total, metrics
+
+    @functools.partial(jax.jit, donate_argnums=0)
+    def step(state: TrainState, reference: Params, table: PoolTable, batch: GroupBatch):
+        grads, metrics = jax.grad(loss_fn, has_aux=True)(state.params, reference, table, batch)
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+        metrics["grad_norm"] = optax.global_norm(grads)
+        return TrainState(params, opt_state, state.step + 1), metrics
+
+    return step
+
+
+def _entropy(step_log_probs, mask):
+    """Mean entropy in nats of the steps of the pointers that count."""
+    terms = jnp.where(step_log_probs > -1e8, jnp.exp(step_log_probs) * step_log_probs, 0.0)
+    per_pointer = -jnp.mean(jnp.sum(terms, axis=-1), axis=-1)
+    return jnp.sum(jnp.where(mask, per_pointer, 0)) / jnp.maximum(jnp.sum(mask), 1)
+
+
+def _supervised(policy, config, params, reference, query, pool, group):
+    del config, reference
+    log_probs, steps = log_probs_of(policy, params, query, pool, group.pointers)
+    loss, counted = supervised_loss(log_probs, weights=group.rewards, where=group.mask)
+    return loss, counted, {"entropy": _entropy(steps, group.mask)}
+
+
+def _rce(policy, config, params, reference, query, pool, group):
+    del reference
+    log_probs, steps = log_probs_of(policy, params, query, pool, group.pointers)
+    loss, counted = rce_loss(
+        log_probs,
+        group.rewards,
+        temperature=config.tau,
+        where=group.mask,
+        min_range=config.min_range,
+    )
+    return loss, counted, {"entropy": _entropy(steps, group.mask)}
+
+
+def _grpo(policy, config, params, reference, query, pool, group):
+    log_probs, steps = log_probs_of(policy, params, query, pool, group.pointers)
+    _, reference_steps = log_probs_of(policy, reference, query, pool, group.pointers)
+    advantages = compute_advantages(
+        config.advantage, group.rewards, where=group.mask, min_range=config.min_range
+    )
+    loss, aux = grpo_loss(
+        log_probs,
+        group.behaviour_log_probs,
+        advantages,
+        clip_low=config.clip_low,
+        clip_high=config.clip_high,
+        where=group.mask,
+    )
+    drift = jnp.max(jnp.where(group.mask, jnp.abs(log_probs - group.behaviour_log_probs), 0.0))
+    return (
+        loss,
+        aux.counted,
+        {
+            "entropy": _entropy(steps, group.mask),
+            "kl": exact_kl(steps, jax.lax.stop_gradient(reference_steps), group.mask),
+            "clip_share": aux.clip_share,
+            "ratio": aux.ratio_mean,
+            "behaviour_drift": drift,
+            "advantage_abs": jnp.sum(jnp.abs(advantages)) / jnp.maximum(jnp.sum(group.mask), 1),
+        },
+    )
+
+
+def batches(groups: GroupBatch, size: int, seed: tuple[int, ...]):
+    """Yields shuffled batches of exactly `size` groups; the last is padded with masked groups.
+
+    Args:
+      groups: all groups, NumPy arrays.
+      size: B.
+      seed: of the shuffle.
+    """
+    order = np.random.default_rng(seed).permutation(len(groups.query_rows))
+    for start in range(0, len(order), size):
+        rows = order[start : start + size]
+        batch = GroupBatch(*(np.asarray(array)[rows] for array in groups))
+        short = size - len(rows)
+        if short:
+            batch = GroupBatch(
+                *(np.pad(array, [(0, short)] + [(0, 0)] * (array.ndim - 1)) for array in batch)
+            )
+        yield batch

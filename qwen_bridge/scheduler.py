@@ -1,0 +1,495 @@
+"""Keeps the workers busy and alive: dispatches batches, collects results, replaces the dead.
+
+A batch belongs to a *seat*, the place of one worker, whoever sits there. Each seat has a queue;
+a seat whose queue is empty takes from the end of the longest other one. A worker that dies, hangs
+or answers nonsense is replaced, and its batches are sent again. The batch it was working on is
+under suspicion: after `KILLS` such ends it is halved, and each half again at the next, down to
+the prompt that does it, which is then given up with its reason.
+
+A batch in hand is decided by exactly one of:
+
+| what comes back                      | what happens                                            |
+|--------------------------------------|---------------------------------------------------------|
+| a result                             | checked, copied out, delivered                          |
+| a failure: the user's input is wrong | `InputError` in the driver, the same line               |
+| a failure that may pass (memory)     | halved; a single prompt is tried again, then given up   |
+| any other failure of the scorer      | `ScorerError` in the driver: a bug, not a hard prompt   |
+| nothing, or nonsense                 | the worker is replaced; see above                       |
+"""
+
+import itertools
+import logging
+import math
+import time
+from collections import deque
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from qwen_bridge.batching import Batch, home_worker
+from qwen_bridge.channel import DeadlineExceeded, PeerGone, wait_readable
+from qwen_bridge.errors import InputError
+from qwen_bridge.interrupts import Interrupts
+from qwen_bridge.messages import NO_JOB, Failure, Hello, Message, Request, Result, Settings
+from qwen_bridge.protocol import (
+    ProtocolError,
+    check_result,
+    failed_answer,
+    failed_score,
+    join_result,
+    read_arrays,
+    request_arrays,
+    result_arrays,
+    write_arrays,
+)
+from qwen_bridge.worker_process import WorkerProcess, worker_environment
+
+# Times a batch, or a prompt that may just have met a full memory, is tried.
+KILLS = 3
+TRIES = 3
+
+_LONGEST_BACKOFF_S = 5.0
+_EXIT_GRACE_S = 2.0
+
+_log = logging.getLogger(__name__)
+
+
+class WorkerError(RuntimeError):
+    """The workers cannot be kept running, or one that came back is not the same."""
+
+
+class ScorerError(RuntimeError):
+    """The scorer raised an exception that no other batch size or attempt would mend."""
+
+
+@dataclass(eq=False)
+class Call:
+    """One call of the driver: its prompts, and the rows still open.
+
+    Attributes:
+      verb: "embed", "score" or "answer".
+      kind: for embed, "bank" or "query".
+      arrays: what the request consists of, by name, one row a prompt.
+      shots: columns of the pointers; 0 for embed.
+      unsettled: rows neither answered nor given up.
+      queues: for each seat, the batches that wait.
+    """
+
+    verb: str
+    kind: str
+    arrays: dict[str, np.ndarray]
+    shots: int
+    unsettled: int = 0
+    queues: list[deque["Job"]] = field(default_factory=list)
+
+
+@dataclass(eq=False)
+class Job:
+    """A batch on its way: which rows of which call, and what it has been through."""
+
+    number: int
+    call: Call
+    rows: np.ndarray
+    home: int
+    kills: int = 0
+    tries: int = 0
+
+
+@dataclass(eq=False)
+class Seat:
+    """The place of one worker.
+
+    Attributes:
+      index: which.
+      worker: who sits there; None while it waits for `restart_at`.
+      restart_at: when the next one may be started (monotonic seconds).
+    """
+
+    index: int
+    worker: WorkerProcess | None = None
+    restart_at: float = 0.0
+
+
+class Scheduler:
+    """A fixed number of seats, and the call that they work on.
+
+    Its methods are for the inside of `interrupts.held()`: they let Ctrl-C through only while
+    they wait.
+
+    Attributes:
+      hello: what all workers say they are.
+      stats: counters; see `Environment.stats`.
+    """
+
+    def __init__(
+        self,
+        settings: Settings,
+        *,
+        workers: int,
+        threads: int,
+        deadline_s: float,
+        startup_s: float,
+        max_restarts: int,
+        backoff_s: float,
+        interrupts: Interrupts,
+    ):
+        self.hello: dict | None = None
+        self.seats = [Seat(index) for index in range(workers)]
+        self.stats = {
+            "requests": 0,
+            "prompts_scored": 0,
+            "prompts_answered": 0,
+            "ids_embedded": 0,
+            "prompts_given_up": 0,
+            "restarts": 0,
+            "busy_s": [0.0] * workers,
+        }
+        self._settings = settings
+        self._threads = threads
+        self._deadline_s = deadline_s
+        self._startup_s = startup_s
+        self._max_restarts = max_restarts
+        self._backoff_s = backoff_s
+        self._interrupts = interrupts
+        self._numbers = itertools.count()
+        self._deaths_in_a_row = 0
+        self._error: Exception | None = None
+        self._call: Call | None = None
+        self._landed: deque[tuple[np.ndarray, object]] = deque()
+
+    def start(self) -> None:
+        """Starts all workers and waits until all are ready; the first failure is final."""
+        for seat in self.seats:
+            self._start_worker(seat)
+        while any(seat.worker is None or seat.worker.hello is None for seat in self.seats):
+            self._restart_due()
+            self._collect(self._patience())
+
+    def run(self, call: Call, batches: list[Batch]) -> Iterator[tuple[np.ndarray, object]]:
+        """Does a call; yields (rows, result) as batches land, in whatever order they do.
+
+        Results are the caller's own copies. Closing the generator drops what is still open: its
+        replies are read and forgotten.
+        """
+        call.queues = [deque() for _ in self.seats]
+        call.unsettled = sum(len(batch.rows) for batch in batches)
+        for batch in batches:
+            home = home_worker(batch.key, len(self.seats))
+            call.queues[home].append(Job(next(self._numbers), call, batch.rows, home))
+        self._call = call
+        self._error = None
+        self._landed.clear()
+        try:
+            self._collect(0.0)  # Deaths and replies since the last call.
+            while call.unsettled or self._landed:
+                if call.unsettled:
+                    self._restart_due()
+                    self._dispatch(call)
+                if self._landed:
+                    yield self._landed.popleft()
+                if call.unsettled:
+                    self._collect(0.0 if self._landed else self._patience())
+        finally:
+            self._call = None
+            self._landed.clear()
+
+    # Towards the workers ---------------------------------------------------------------------
+
+    def _start_worker(self, seat: Seat) -> None:
+        variables = worker_environment(seat.index, len(self.seats), self._threads)
+        seat.worker = WorkerProcess(self._settings, variables)
+
+    def _restart_due(self) -> None:
+        for seat in self.seats:
+            if seat.worker is None and time.monotonic() >= seat.restart_at:
+                self._start_worker(seat)
+
+    def _dispatch(self, call: Call) -> None:
+        """Hands out batches, to the seat with the least to do first.
+
+        Towards the end of a call a seat holds no more than its share, so that none sits idle
+        while another has batches waiting.
+        """
+        while True:
+            ready = [seat for seat in self.seats if seat.worker and seat.worker.hello]
+            waiting = sum(map(len, call.queues))
+            if not ready or not waiting:
+                return
+            open_jobs = waiting + sum(len(seat.worker.in_flight) for seat in ready)
+            depth = math.ceil(open_jobs / len(ready))
+            seat = min(ready, key=lambda seat: len(seat.worker.in_flight))
+            if len(seat.worker.in_flight) >= depth or not seat.worker.slots.num_free:
+                return
+            self._send(seat, self._next_job(call, seat.index))
+
+    def _next_job(self, call: Call, index: int) -> Job:
+        if call.queues[index]:
+            return call.queues[index].popleft()
+        return max(call.queues, key=len).pop()
+
+    def _send(self, seat: Seat, job: Job) -> None:
+        worker, call = seat.worker, job.call
+        slot = worker.slots.take()
+        specs = request_arrays(call.verb, len(job.rows), call.shots)
+        arrays = {name: array[job.rows] for name, array in call.arrays.items()}
+        write_arrays(worker.arena.view(slot), specs, arrays)
+        if not worker.in_flight:
+            worker.since = time.monotonic()
+        worker.in_flight.append((job, slot))
+        worker.slots.send(slot)
+        request = Request(call.verb, job.number, slot, len(job.rows), call.shots, call.kind)
+        self.stats["requests"] += 1
+        try:
+            worker.send(request)
+        except (PeerGone, DeadlineExceeded):
+            self._replace(seat, "died")
+
+    # From the workers ------------------------------------------------------------------------
+
+    def _patience(self) -> float:
+        """Seconds until something must have happened."""
+        now = time.monotonic()
+        due = []
+        for seat in self.seats:
+            if seat.worker is None:
+                due.append(seat.restart_at)
+            elif seat.worker.hello is None or seat.worker.in_flight:
+                due.append(seat.worker.since + self._allowed_s(seat.worker))
+        if not due:
+            raise RuntimeError("the bridge waits, but no worker has anything to do: a bug")
+        return max(0.0, min(due) - now)
+
+    def _allowed_s(self, worker: WorkerProcess) -> float:
+        return self._startup_s if worker.hello is None else self._deadline_s
+
+    def _collect(self, timeout_s: float) -> None:
+        """Takes in all that has come, then replaces workers whose time is over.
+
+        An error that ends the call is raised last: replies read together with it are not lost.
+        """
+        sitting = [seat for seat in self.seats if seat.worker]
+        with self._interrupts.allowed():
+            readable = wait_readable([seat.worker.channel for seat in sitting], timeout_s)
+        for seat in sitting:
+            if seat.worker.channel.fileno() in readable:
+                self._read(seat)
+        for seat in sitting:
+            worker = seat.worker
+            if worker is None or (worker.hello and not worker.in_flight):
+                continue
+            allowed = self._allowed_s(worker)
+            if time.monotonic() > worker.since + allowed:
+                worker.dump_stack()
+                doing = "answer" if worker.hello else "start"
+                self._replace(seat, f"did not {doing} within {allowed:g} s", grace_s=0.0)
+        if self._error is not None:
+            error, self._error = self._error, None
+            raise error
+
+    def _read(self, seat: Seat) -> None:
+        worker = seat.worker
+        try:
+            for message in worker.receive_ready():
+                self._take(seat, message)
+                if seat.worker is not worker:
+                    return
+        except PeerGone:
+            self._replace(seat, "died")
+        except ProtocolError as error:
+            self._replace(seat, f"answered nonsense ({error})", grace_s=0.0)
+
+    def _take(self, seat: Seat, message: Message) -> None:
+        """Acts on one message of a worker; a `ProtocolError` here condemns the worker."""
+        worker = seat.worker
+        if isinstance(message, Hello) and worker.hello is None:
+            self._greet(seat, message.hello)
+        elif isinstance(message, Failure) and worker.hello is None:
+            self._could_not_start(seat, message)
+        elif isinstance(message, Result) and worker.hello:
+            self._take_result(seat, message)
+        elif isinstance(message, Failure):
+            self._take_failure(seat, message)
+        else:
+            raise ProtocolError(f"an unexpected {message.tag}")
+
+    def _greet(self, seat: Seat, hello: dict) -> None:
+        if self.hello is None:
+            self.hello = hello
+        for name in sorted(self.hello.keys() | hello.keys()):
+            ours, theirs = self.hello.get(name), hello.get(name)
+            if ours != theirs:
+                seat.worker.put_away(0.0)
+                seat.worker = None
+                raise WorkerError(
+                    f"workers disagree: {name} was {ours!r} and is now {theirs!r}; "
+                    "do not change model, data or code under a running job"
+                )
+        seat.worker.hello = hello
+
+    def _could_not_start(self, seat: Seat, failure: Failure) -> None:
+        if failure.type == "InputError":
+            raise InputError(failure.message)
+        why = f"could not start: {failure.type}: {failure.message}"
+        self._replace(seat, why, detail=failure.detail)
+
+    def _take_result(self, seat: Seat, message: Result) -> None:
+        worker = seat.worker
+        if not worker.in_flight:
+            raise ProtocolError("a result that nobody asked for")
+        job, slot = worker.in_flight[0]
+        call = job.call
+        if (message.job, message.slot, message.rows) != (job.number, slot, len(job.rows)):
+            raise ProtocolError(
+                f"result of {message.rows} rows for job {message.job} in slot {message.slot}, "
+                f"expected {len(job.rows)} rows for job {job.number} in slot {slot}"
+            )
+        arrays = read_arrays(
+            worker.arena.view(slot), result_arrays(call.verb, message.rows, message.columns)
+        )
+        result = join_result(call.verb, arrays, message.texts, dict(message.reasons))
+        result = check_result(call.verb, result, message.rows, self.hello["embedding_dim"])
+        self._close_head(worker)
+        self._deaths_in_a_row = 0
+        self.stats["busy_s"][seat.index] += message.seconds
+        if call is self._call:
+            self._land(job, result)
+
+    def _take_failure(self, seat: Seat, failure: Failure) -> None:
+        worker = seat.worker
+        if failure.job == NO_JOB or failure.type == "ProtocolError":
+            raise ProtocolError(failure.message)
+        if not worker.in_flight or failure.job != worker.in_flight[0][0].number:
+            raise ProtocolError(f"a failure for job {failure.job}, which it was not at")
+        job = self._close_head(worker)
+        if job.call is not self._call:
+            return
+        if failure.type == "InputError":
+            self._fail(InputError(failure.message))
+            return
+        if not failure.retryable:
+            error = ScorerError(f"{job.call.verb} failed with {failure.type}: {failure.message}")
+            error.add_note(f"In worker {seat.index}:\n{failure.detail}")
+            self._fail(error)
+            return
+        why = f"{failure.type}: {failure.message}"
+        job.tries += 1
+        if len(job.rows) > 1:
+            _log.warning("%d prompts in one batch failed with %s; halving", len(job.rows), why)
+            self._halve(job)
+        elif job.tries < TRIES:
+            self._queue_first(job)
+        else:
+            self._give_up(job, why)
+
+    def _fail(self, error: Exception) -> None:
+        """Ends the call with `error`, the first one counts, once all replies are taken in."""
+        self._error = self._error or error
+
+    def _close_head(self, worker: WorkerProcess) -> Job:
+        """The worker is done with its first request; the clock of the next one starts."""
+        job, slot = worker.in_flight.popleft()
+        worker.slots.land(slot)
+        worker.slots.free(slot)
+        worker.since = time.monotonic()
+        return job
+
+    # What becomes of a batch -----------------------------------------------------------------
+
+    def _land(self, job: Job, result) -> None:
+        verb, rows = job.call.verb, job.rows
+        names = {"score": "prompts_scored", "answer": "prompts_answered", "embed": "ids_embedded"}
+        self.stats[names[verb]] += len(rows)
+        job.call.unsettled -= len(rows)
+        self._landed.append((rows, result))
+
+    def _give_up(self, job: Job, why: str) -> None:
+        """Settles the one prompt of a job without a result."""
+        call = job.call
+        if call.verb == "embed":
+            id_ = int(call.arrays["ids"][job.rows[0]])
+            self._fail(WorkerError(f"{call.kind} id {id_} could not be embedded: {why}"))
+            return
+        _log.warning("gave up a prompt (%s query %d): %s", call.verb, self._query(job), why)
+        self.stats["prompts_given_up"] += 1
+        call.unsettled -= 1
+        failed = failed_score if call.verb == "score" else failed_answer
+        self._landed.append((job.rows, failed(1, why)))
+
+    def _query(self, job: Job) -> int:
+        return int(job.call.arrays["queries"][job.rows[0]])
+
+    def _queue_first(self, job: Job) -> None:
+        job.call.queues[job.home].appendleft(job)
+
+    def _halve(self, job: Job) -> None:
+        middle = len(job.rows) // 2
+        for rows in (job.rows[middle:], job.rows[:middle]):
+            kills = min(job.kills, KILLS - 1)
+            half = Job(next(self._numbers), job.call, rows, job.home, kills=kills)
+            self._queue_first(half)
+
+    def _suspect(self, job: Job, why: str) -> None:
+        """A worker ended while it was at this job."""
+        job.kills += 1
+        if job.kills < KILLS:
+            self._queue_first(job)
+        elif len(job.rows) > 1:
+            self._halve(job)
+        else:
+            self._give_up(job, f"worker died on this prompt again and again, last: it {why}")
+
+    def _replace(
+        self, seat: Seat, why: str, *, grace_s: float = _EXIT_GRACE_S, detail: str = ""
+    ) -> None:
+        """Puts a worker away, saves what it had in flight, and plans for the next one."""
+        worker = seat.worker
+        ready = worker.hello is not None
+        ended = worker.put_away(grace_s)
+        seat.worker = None
+        if why == "died":
+            why = f"died ({ended})"
+        if self.hello is None or (not ready and not self.stats["requests"]):
+            error = WorkerError(f"worker {seat.index} {why}")
+            if detail:
+                error.add_note(f"In worker {seat.index}:\n{detail}")
+            raise error
+        jobs = [job for job, _ in worker.in_flight if job.call is self._call]
+        suspect = jobs.pop(0) if jobs and jobs[0] is worker.in_flight[0][0] else None
+        self._deaths_in_a_row += 1
+        backoff = self._backoff_s * 2 ** min(self._deaths_in_a_row - 1, 16)
+        seat.restart_at = time.monotonic() + min(backoff, _LONGEST_BACKOFF_S)
+        _log.warning(
+            "worker %d %s with %d prompts in hand; restarting it",
+            seat.index,
+            why,
+            sum(len(job.rows) for job in jobs) + (len(suspect.rows) if suspect else 0),
+        )
+        for job in reversed(jobs):
+            self._queue_first(job)
+        if suspect:
+            self._suspect(suspect, why)
+        if self._deaths_in_a_row > self._max_restarts:
+            raise WorkerError(
+                f"{self._deaths_in_a_row} workers in a row ended without one result; "
+                f"the last one {why}"
+            )
+        self.stats["restarts"] += 1
+
+    # Goodbye ---------------------------------------------------------------------------------
+
+    def close(self) -> None:
+        """Ends all workers; idempotent."""
+        close_seats(self.seats)
+
+
+def close_seats(seats: list[Seat]) -> None:
+    """Ends the workers in these seats, all at once, and waits until they are gone."""
+    workers = [seat.worker for seat in seats if seat.worker]
+    for worker in workers:
+        worker.ask_to_leave()
+    deadline = time.monotonic() + _EXIT_GRACE_S
+    for worker in workers:
+        worker.put_away(max(0.0, deadline - time.monotonic()))
+    for seat in seats:
+        seat.worker = None

@@ -1,0 +1,307 @@
+"""What a prompt is worth to the VLM: the scorer's contract, and its plain reference.
+
+`PromptScorer` turns ids into prompts and log-probabilities into scores; how the log-probabilities
+are computed is left to two implementations. `ReferenceScorer` here is obvious and slow: a forward
+pass of the whole model for each prompt and answer, and the model's own `generate`. It is the
+oracle of the tests; `TrieScorer` (trie_scorer.py) is the one that work is done with.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+from qwen_bridge.embedder import Embedder
+from qwen_bridge.errors import InputError
+from qwen_bridge.loading import LoadedModel
+from qwen_bridge.prompts import PromptError
+from qwen_bridge.protocol import AnswerBatch, ScoreBatch, empty_answer, empty_score
+from qwen_bridge.segments import PreparedSegment, SegmentFactory
+from qwen_bridge.targets import AnswerBranches, answer_branches
+from qwen_bridge.vqa.accuracy import accuracy_normalized, accuracy_official_2021
+from qwen_bridge.vqa.answers import combine_forms
+from qwen_bridge.vqa.examples import Dataset, Example
+
+GT_PROB_MODES = ("product", "mean_token")
+# Greedy decoding is certified where the arg-max leads by this many nats.
+DEFAULT_MARGIN = {torch.float32: 1e-3, torch.bfloat16: 0.25}
+MAX_NEW_TOKENS = 10
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class PromptRequest:
+    """One prompt to score.
+
+    Attributes:
+      query: the question to answer.
+      demonstrations: the examples shown, in order.
+      path: their ids.
+      segments: system, one a demonstration, query.
+      branches: the query's ground truths as tokens.
+    """
+
+    query: Example
+    demonstrations: tuple[Example, ...]
+    path: tuple[int, ...]
+    segments: list[PreparedSegment]
+    branches: AnswerBranches
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class BranchScores:
+    """What the model says of each surface form of a query's ground truths.
+
+    Attributes:
+      log_probs: float64 `[F]` sum of token log-probabilities, the end included, in nats.
+      mean_log_probs: float64 `[F]` the same divided by the number of tokens.
+      margins: float64 `[F]` smallest lead of the form's token over any other, in nats;
+        negative where greedy decoding would leave the form.
+    """
+
+    log_probs: np.ndarray
+    mean_log_probs: np.ndarray
+    margins: np.ndarray
+
+    @classmethod
+    def from_tokens(cls, forms: Sequence[tuple[np.ndarray, np.ndarray]]) -> "BranchScores":
+        """Reduces (log-probabilities, margins) of each form's tokens."""
+        return cls(
+            np.array([log_probs.sum() for log_probs, _ in forms]),
+            np.array([log_probs.mean() for log_probs, _ in forms]),
+            np.array([margins.min() for _, margins in forms]),
+        )
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Generated:
+    """Greedy output: tokens, the end of the turn included if reached, and their log P in nats."""
+
+    tokens: tuple[int, ...]
+    log_prob: float
+
+
+class PromptScorer:
+    """Scores prompts given as ids; subclasses supply the forward passes.
+
+    Args:
+      loaded: the checkpoint.
+      dataset: where ids lead to examples.
+      factory: prepares prompt segments.
+      embedder: embeds examples and answers.
+      answer_weight: `count3` or `official`, what each ground truth is worth.
+      gt_prob: `product` (a probability) or `mean_token` (the geometric mean of token
+        probabilities, which others report and which is none).
+      margin: lead in nats from which a greedy answer counts as certified; None by dtype.
+      max_new_tokens: most tokens of a generated answer.
+
+    Raises:
+      InputError: an unknown `gt_prob`.
+    """
+
+    def __init__(
+        self,
+        loaded: LoadedModel,
+        dataset: Dataset,
+        factory: SegmentFactory,
+        embedder: Embedder,
+        *,
+        answer_weight: str = "count3",
+        gt_prob: str = "product",
+        margin: float | None = None,
+        max_new_tokens: int = MAX_NEW_TOKENS,
+    ):
+        if gt_prob not in GT_PROB_MODES:
+            raise InputError(f"--gt_prob={gt_prob} is not one of {', '.join(GT_PROB_MODES)}")
+        self.model, self.tokenizer = loaded.model, loaded.tokenizer
+        self.dataset, self.factory, self.embedder = dataset, factory, embedder
+        self.device, self.dtype = self.model.device, self.model.dtype
+        self.end_of_turn = factory.builder.end_of_turn
+        self.max_new_tokens = max_new_tokens
+        self.margin = DEFAULT_MARGIN[self.dtype] if margin is None else margin
+        self._answer_weight, self._gt_prob = answer_weight, gt_prob
+        self._branches: dict[int, AnswerBranches] = {}
+
+    @property
+    def embedding_dim(self) -> int:
+        """Width of an embedding."""
+        return self.embedder.dim
+
+    @property
+    def parts(self) -> dict[str, tuple[int, int]]:
+        """Column ranges of the parts of an embedding."""
+        return self.embedder.parts
+
+    def embed(self, kind: str, ids: np.ndarray) -> np.ndarray:
+        """Embeds examples, see `Embedder.embed`."""
+        return self.embedder.embed([self.dataset.example(kind, int(i)) for i in ids], kind)
+
+    def score(self, queries: np.ndarray, pointers: np.ndarray) -> ScoreBatch:
+        """Scores prompts without generating.
+
+        Args:
+          queries: int64 `[n]` query ids.
+          pointers: int64 `[n, S]` demonstration ids in order, padded with -1.
+
+        Returns:
+          `n` scores in the caller's order; a prompt that could not be scored has a reason.
+        """
+        requests, reasons = self._requests(queries, pointers)
+        rows = sorted(requests)
+        scored = self._score_branches([requests[row] for row in rows]) if rows else []
+        width = max((len(requests[row].branches.texts) for row in rows), default=1)
+        batch = empty_score(len(queries), width, reasons)
+        for row, branch_scores in zip(rows, scored):
+            self._fill_score(batch, row, requests[row], branch_scores)
+        return batch
+
+    def answer(self, queries: np.ndarray, pointers: np.ndarray) -> AnswerBatch:
+        """Generates greedily and judges the answers; arguments as for `score`."""
+        requests, reasons = self._requests(queries, pointers)
+        rows = sorted(requests)
+        generated = self._generate([requests[row] for row in rows]) if rows else []
+        batch = empty_answer(len(queries), reasons)
+        for row, output in zip(rows, generated):
+            tokens = [t for t in output.tokens if t != self.end_of_turn]
+            text = self.tokenizer.decode(tokens, skip_special_tokens=True).strip()
+            self._fill_answer(batch, row, requests[row].query, text, float(np.exp(output.log_prob)))
+        return batch
+
+    def _score_branches(self, requests: list[PromptRequest]) -> list[BranchScores]:
+        """Log-probabilities of every answer branch of every prompt."""
+        raise NotImplementedError(type(self))
+
+    def _generate(self, requests: list[PromptRequest]) -> list[Generated]:
+        """Greedy answers of every prompt, of at most `max_new_tokens` tokens."""
+        raise NotImplementedError(type(self))
+
+    def _requests(self, queries, pointers) -> tuple[dict[int, PromptRequest], dict[int, str]]:
+        """Builds the prompts; a prompt that cannot be built gets a reason instead."""
+        shown: dict[int, tuple[Example, tuple[Example, ...]]] = {}
+        requests, reasons = {}, {}
+        for row, (query, pointer) in enumerate(zip(queries, pointers)):
+            try:
+                shown[row] = (
+                    self.dataset.example("query", int(query)),
+                    tuple(self.dataset.example("bank", int(i)) for i in pointer if i >= 0),
+                )
+            except InputError as error:
+                reasons[row] = str(error)
+        self.factory.prefetch([e for q, shots in shown.values() for e in (q, *shots)])
+        for row, (query, demonstrations) in shown.items():
+            try:
+                segments = self.factory.prompt(demonstrations, query)
+                branches = self._branches_of(query)
+                self._check_length(segments, branches)
+            except PromptError as error:
+                reasons[row] = str(error)
+                continue
+            path = tuple(demonstration.id for demonstration in demonstrations)
+            requests[row] = PromptRequest(query, demonstrations, path, segments, branches)
+        return requests, reasons
+
+    def _check_length(self, segments, branches) -> None:
+        longest = max(map(len, branches.forms))
+        length = sum(map(len, segments)) + max(longest, self.max_new_tokens)
+        limit = self.model.config.text_config.max_position_embeddings
+        if length > limit:
+            raise PromptError(f"the prompt has {length} tokens; the model's context is {limit}")
+
+    def _branches_of(self, query: Example) -> AnswerBranches:
+        if query.id not in self._branches:
+            self._branches[query.id] = answer_branches(
+                query.answers, self.factory.builder, self._answer_weight
+            )
+        return self._branches[query.id]
+
+    def _fill_score(self, batch, row, request, scores: BranchScores) -> None:
+        branches = request.branches
+        by_mode = {"product": scores.log_probs, "mean_token": scores.mean_log_probs}
+        gt_prob, answer_log_probs = combine_forms(
+            by_mode[self._gt_prob], branches.form_answer, branches.weights
+        )
+        batch.gt_prob[row] = gt_prob
+        batch.answer_log_probs[row, : len(answer_log_probs)] = answer_log_probs
+        best = int(np.argmax(scores.margins))
+        batch.margin[row] = scores.margins[best]
+        fits = len(branches.forms[best]) <= self.max_new_tokens
+        if scores.margins[best] >= self.margin and fits:
+            batch.certified[row] = branches.form_answer[best]
+            self._fill_answer(
+                batch,
+                row,
+                request.query,
+                branches.form_texts[best],
+                float(np.exp(scores.log_probs[best])),
+            )
+
+    def _fill_answer(self, batch, row, query: Example, text: str, confidence: float) -> None:
+        batch.texts[row] = text
+        batch.accuracy[row] = accuracy_normalized(text, query.answers)
+        batch.accuracy_official[row] = accuracy_official_2021(text, query.answers)
+        batch.confidence[row] = min(confidence, 1.0)
+        batch.similarity[row] = self.embedder.similarity(text, query.answers)
+
+
+class ReferenceScorer(PromptScorer):
+    """One forward pass of the whole model a prompt and answer: plain, obvious, slow."""
+
+    @torch.inference_mode()
+    def _score_branches(self, requests: list[PromptRequest]) -> list[BranchScores]:
+        return [
+            BranchScores.from_tokens([self._one(request, form) for form in request.branches.forms])
+            for request in requests
+        ]
+
+    @torch.inference_mode()
+    def _generate(self, requests: list[PromptRequest]) -> list[Generated]:
+        return [self._generate_one(request) for request in requests]
+
+    def _one(self, request: PromptRequest, form) -> tuple[np.ndarray, np.ndarray]:
+        inputs = self._inputs(request, form)
+        logits = self.model(**inputs, use_cache=False).logits[0].float()
+        rows = logits[-len(form) - 1 : -1]
+        targets = torch.tensor(form, device=self.device)[:, None]
+        chosen = rows.gather(1, targets)
+        others = rows.scatter(1, targets, float("-inf")).max(-1, keepdim=True).values
+        log_probs = chosen - rows.logsumexp(-1, keepdim=True)
+        return tuple(x[:, 0].double().cpu().numpy() for x in (log_probs, chosen - others))
+
+    def _generate_one(self, request: PromptRequest) -> Generated:
+        inputs = self._inputs(request, ())
+        self.model.generation_config.repetition_penalty = 1.0
+        out = self.model.generate(
+            **inputs,
+            do_sample=False,
+            num_beams=1,
+            repetition_penalty=1.0,
+            temperature=None,
+            top_p=None,
+            top_k=None,
+            max_new_tokens=self.max_new_tokens,
+            eos_token_id=self.end_of_turn,
+            pad_token_id=self.end_of_turn,
+            return_dict_in_generate=True,
+            output_logits=True,
+        )
+        new = out.sequences[0, inputs["input_ids"].shape[1] :]
+        log_probs = torch.stack([step[0].float().log_softmax(-1) for step in out.logits])
+        return Generated(
+            tuple(new.tolist()), float(log_probs.gather(1, new[:, None]).double().sum())
+        )
+
+    def _inputs(self, request: PromptRequest, form) -> dict:
+        """The model's own inputs, positions left to the model itself."""
+        ids = np.concatenate([*(s.ids for s in request.segments), np.array(form, np.int64)])
+        ids = torch.from_numpy(ids)[None].to(self.device)
+        image_tokens = ids == self.factory.builder.image_token
+        examples = (*request.demonstrations, request.query)
+        images = [self.factory.vision.patches(example.image) for example in examples]
+        pixels = torch.from_numpy(np.concatenate([patches for patches, _ in images]))
+        return {
+            "input_ids": ids,
+            "attention_mask": torch.ones_like(ids),
+            "mm_token_type_ids": image_tokens.int(),
+            "pixel_values": pixels.to(self.device, self.dtype),
+            "image_grid_thw": torch.tensor([grid for _, grid in images], device=self.device),
+        }

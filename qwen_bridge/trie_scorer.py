@@ -1,0 +1,283 @@
+"""The fast scorer: shared prefixes computed once, answers as branches of one last forward.
+
+Prompts that begin alike share keys and values (`prefix_cache.py`); a last forward runs the query
+and all its answer branches over the cached prefix, with a small mask that lets each branch see
+the prefix, the query and itself. The language head runs at answer rows only. All of it is exact:
+the reference scorer gives the same numbers up to float rounding.
+"""
+
+import dataclasses
+import itertools
+
+import numpy as np
+import torch
+from transformers import DynamicCache
+
+from qwen_bridge.prefix_cache import PrefixCache, PrefixNode
+from qwen_bridge.scorer import BranchScores, Generated, PromptRequest, PromptScorer
+from qwen_bridge.segments import PreparedSegment
+from qwen_bridge.trie import levels, token_batches
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class _Row:
+    """One row of a forward pass: tokens after a cached prefix.
+
+    Attributes:
+      prefix: the nodes before the row.
+      segment: the prompt segment that the row starts with.
+      branches: token lists, each of which continues the segment on its own.
+    """
+
+    prefix: list[PrefixNode]
+    segment: PreparedSegment
+    branches: tuple[tuple[int, ...], ...] = ()
+
+    @property
+    def prefix_length(self) -> int:
+        return sum(node.kv.shape[3] for node in self.prefix)
+
+    @property
+    def start(self) -> int:
+        return self.prefix[-1].next_position if self.prefix else 0
+
+    def __len__(self) -> int:
+        return len(self.segment) + sum(map(len, self.branches))
+
+
+class TrieScorer(PromptScorer):
+    """Scores prompts over a trie of shared prefixes; see `PromptScorer` for the arguments.
+
+    Args:
+      batch_tokens: tokens of a forward pass, padding included.
+      cache_bytes: memory that cached prefixes may take.
+    """
+
+    def __init__(self, *args, batch_tokens: int = 8192, cache_bytes: int = 1 << 30, **kwargs):
+        super().__init__(*args, **kwargs)
+        self._batch_tokens = batch_tokens
+        self.cache = PrefixCache(cache_bytes)
+        self._image_token = self.factory.builder.image_token
+
+    @torch.inference_mode()
+    def _score_branches(self, requests: list[PromptRequest]) -> list[BranchScores]:
+        self._fill_cache(requests)
+        rows = [
+            _Row(
+                self.cache.path(request.path),
+                request.segments[-1],
+                tuple(form[:-1] for form in request.branches.forms),
+            )
+            for request in requests
+        ]
+        results: list[BranchScores | None] = [None] * len(rows)
+        for batch in token_batches([len(row) for row in rows], self._batch_tokens):
+            hidden, _ = self._forward([rows[i] for i in batch])
+            scored = self._read_branches(
+                hidden, [rows[i] for i in batch], [requests[i].branches.forms for i in batch]
+            )
+            for i, scores in zip(batch, scored):
+                results[i] = scores
+        self.cache.trim()
+        return results
+
+    @torch.inference_mode()
+    def _generate(self, requests: list[PromptRequest]) -> list[Generated]:
+        self._fill_cache(requests)
+        rows = [_Row(self.cache.path(r.path), r.segments[-1]) for r in requests]
+        results: list[Generated | None] = [None] * len(rows)
+        sizes = [row.prefix_length + len(row) + self.max_new_tokens for row in rows]
+        for batch in token_batches(sizes, self._batch_tokens * 2):
+            for i, generated in zip(batch, self._decode([rows[i] for i in batch])):
+                results[i] = generated
+        self.cache.trim()
+        return results
+
+    def _fill_cache(self, requests: list[PromptRequest]) -> None:
+        """Computes the missing prefix nodes, level by level."""
+        segments = {
+            request.path[:depth]: request.segments[depth]
+            for request in requests
+            for depth in range(len(request.path) + 1)
+        }
+        for level in levels((request.path for request in requests), self.cache):
+            rows = [
+                _Row(self.cache.path(node[:-1]) if node else [], segments[node]) for node in level
+            ]
+            for batch in token_batches([len(row) for row in rows], self._batch_tokens):
+                chosen = [rows[i] for i in batch]
+                _, cache = self._forward(chosen)
+                first = max(row.prefix_length for row in chosen)
+                for place, i in enumerate(batch):
+                    length = len(rows[i])
+                    kv = torch.stack(
+                        [
+                            torch.stack([x[place, :, first : first + length] for x in (k, v)])
+                            for k, v in _layers(cache)
+                        ]
+                    )
+                    after = rows[i].start + rows[i].segment.advance
+                    self.cache.put(level[i], PrefixNode(kv, after))
+
+    def _forward(self, rows: list[_Row]) -> tuple[torch.Tensor, DynamicCache]:
+        """Runs rows over their prefixes; returns hidden states `[B, Q, H]` and the cache."""
+        width = max(len(row) for row in rows)
+        ids = np.zeros((len(rows), width), np.int64)
+        positions = np.zeros((3, len(rows), width), np.int64)
+        for i, row in enumerate(rows):
+            length = len(row.segment)
+            ids[i, :length] = row.segment.ids
+            positions[:, i, :length] = row.segment.positions + row.start
+            at, after = length, row.start + row.segment.advance
+            for branch in row.branches:
+                ids[i, at : at + len(branch)] = branch
+                positions[:, i, at : at + len(branch)] = np.arange(len(branch)) + after
+                at += len(branch)
+        embeds = self._embed_rows(torch.from_numpy(ids).to(self.device), rows)
+        past, prefix_lengths = self._gather_prefixes(rows)
+        mask = torch.from_numpy(_mask(rows, prefix_lengths, width)).to(self.device)
+        out = self.model.model.language_model(
+            inputs_embeds=embeds,
+            position_ids=torch.from_numpy(positions).to(self.device),
+            attention_mask={"full_attention": mask},
+            past_key_values=past,
+            use_cache=True,
+        )
+        return out.last_hidden_state, out.past_key_values
+
+    def _embed_rows(self, ids: torch.Tensor, rows: list[_Row]) -> torch.Tensor:
+        embeds = self.model.model.get_input_embeddings()(ids)
+        with_image = [
+            (i, row.segment) for i, row in enumerate(rows) if row.segment.image is not None
+        ]
+        if with_image:
+            features = torch.cat([segment.image for _, segment in with_image])
+            where = [
+                (i, segment.image_start + k)
+                for i, segment in with_image
+                for k in range(len(segment.image))
+            ]
+            row, column = torch.tensor(where, device=ids.device).T
+            embeds[row, column] = features.to(embeds.dtype)
+        return embeds
+
+    def _gather_prefixes(self, rows: list[_Row]) -> tuple[DynamicCache, list[int]]:
+        """Lays the cached prefixes side by side, each padded on its right."""
+        lengths = [row.prefix_length for row in rows]
+        longest = max(lengths)
+        if longest == 0:
+            return DynamicCache(), lengths
+        shape = rows[int(np.argmax(lengths))].prefix[0].kv.shape
+        kv = torch.zeros(
+            (*shape[:2], len(rows), shape[2], longest, shape[4]),
+            dtype=self.dtype,
+            device=self.device,
+        )
+        for i, row in enumerate(rows):
+            at = 0
+            for node in row.prefix:
+                kv[:, :, i, :, at : at + node.kv.shape[3]] = node.kv
+                at += node.kv.shape[3]
+        return DynamicCache([(layer[0], layer[1]) for layer in kv]), lengths
+
+    def _read_branches(self, hidden, rows, forms) -> list[BranchScores]:
+        """Reads token log-probabilities and margins of every branch off the hidden states."""
+        places, targets, counts = [], [], []
+        for i, (row, row_forms) in enumerate(zip(rows, forms)):
+            last, at = len(row.segment) - 1, len(row.segment)
+            for form in row_forms:
+                steps = len(form) - 1
+                places += [(i, last)] + [(i, at + k) for k in range(steps)]
+                targets += form
+                counts.append(len(form))
+                at += steps
+        row, column = torch.tensor(places, device=self.device).T
+        log_probs, margins = self._head(
+            hidden[row, column], torch.tensor(targets, device=self.device)
+        )
+        bounds = np.cumsum([0, *counts])
+        spans = iter([slice(a, b) for a, b in itertools.pairwise(bounds)])
+        return [
+            BranchScores.from_tokens([(log_probs[s], margins[s]) for _, s in zip(f, spans)])
+            for f in forms
+        ]
+
+    def _head(self, hidden, targets) -> tuple[np.ndarray, np.ndarray]:
+        """Log-probability and margin of each target token, from float32 logits."""
+        logits = self.model.lm_head(hidden).float()
+        chosen = logits.gather(1, targets[:, None])[:, 0]
+        log_probs = chosen - logits.logsumexp(-1)
+        others = logits.scatter(1, targets[:, None], float("-inf")).max(-1).values
+        return log_probs.double().cpu().numpy(), (chosen - others).double().cpu().numpy()
+
+    def _decode(self, rows: list[_Row]) -> list[Generated]:
+        """Greedy decoding of a batch from its cached prefixes."""
+        hidden, cache = self._forward(rows)
+        lengths = torch.tensor([len(row) for row in rows], device=self.device)
+        every = torch.arange(len(rows), device=self.device)
+        last = hidden[every, lengths - 1]
+        prefix = max(row.prefix_length for row in rows)
+        width = prefix + hidden.shape[1]
+        seen = torch.zeros(len(rows), width + self.max_new_tokens, dtype=torch.bool)
+        for i, row in enumerate(rows):
+            seen[i, : row.prefix_length] = True
+            seen[i, prefix : prefix + len(row)] = True
+        seen = seen.to(self.device)
+        position = torch.tensor(
+            [row.start + row.segment.advance for row in rows], device=self.device
+        )
+        tokens, log_probs = [], []
+        done = torch.zeros(len(rows), dtype=torch.bool, device=self.device)
+        for step in range(self.max_new_tokens):
+            step_log_probs = self.model.lm_head(last).float().log_softmax(-1)
+            value, token = step_log_probs.max(-1)
+            tokens.append(torch.where(done, -1, token))
+            log_probs.append(torch.where(done, 0.0, value.double()))
+            done = done | (token == self.end_of_turn)
+            if step + 1 == self.max_new_tokens or bool(done.all()):
+                break
+            seen[:, width + step] = True
+            out = self.model.model.language_model(
+                inputs_embeds=self.model.model.get_input_embeddings()(token)[:, None],
+                position_ids=(position + step).expand(3, -1)[..., None],
+                attention_mask={"full_attention": seen[:, None, None, : width + step + 1]},
+                past_key_values=cache,
+                use_cache=True,
+            )
+            last, cache = out.last_hidden_state[:, 0], out.past_key_values
+        ids = torch.stack(tokens, 1).cpu().numpy()
+        totals = torch.stack(log_probs, 1).sum(1).cpu().numpy()
+        return [
+            Generated(tuple(int(t) for t in row if t >= 0), float(total))
+            for row, total in zip(ids, totals)
+        ]
+
+
+def _layers(cache: DynamicCache):
+    """Yields keys and values `[B, heads, L, head_dim]` of each layer."""
+    for layer in cache.layers:
+        yield layer.keys, layer.values
+
+
+def _mask(rows: list[_Row], prefix_lengths: list[int], width: int) -> np.ndarray:
+    """Which keys each token may see: bool `[B, 1, Q, P + Q]`.
+
+    The prefix, its own segment causally, and of the branches only its own, causally. Padding
+    sees itself, so that no row of the attention is empty.
+    """
+    prefix = max(prefix_lengths)
+    mask = np.zeros((len(rows), 1, width, prefix + width), bool)
+    diagonal = np.arange(width)
+    mask[:, 0, diagonal, prefix + diagonal] = True
+    for i, row in enumerate(rows):
+        own = mask[i, 0]
+        length = len(row.segment)
+        own[: len(row), : prefix_lengths[i]] = True
+        own[:length, prefix : prefix + length] = np.tri(length, dtype=bool)
+        own[length : len(row), prefix : prefix + length] = True
+        at = length
+        for branch in row.branches:
+            end = at + len(branch)
+            own[at:end, prefix + at : prefix + end] = np.tri(len(branch), dtype=bool)
+            at = end
+    return mask

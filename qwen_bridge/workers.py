@@ -1,0 +1,103 @@
+"""Builds a worker's scorer from plain settings: dataset, checkpoint, prompts, scorer.
+
+The settings are the same words as the driver's flags, so an error that is found here names the
+flag. Everything that decides a score is in the worker's `hello`, which becomes the fingerprint
+of the store.
+"""
+
+import os
+
+import torch
+from transformers.utils import logging
+
+from qwen_bridge.embedder import Embedder
+from qwen_bridge.errors import InputError
+from qwen_bridge.loading import load_model
+from qwen_bridge.prompts import PromptBuilder, PromptTemplate
+from qwen_bridge.scorer import PromptScorer, ReferenceScorer
+from qwen_bridge.segments import SegmentFactory
+from qwen_bridge.trie_scorer import TrieScorer
+from qwen_bridge.vision import VisionCache
+from qwen_bridge.vqa.sources import open_dataset
+
+SCORERS = ("trie", "reference")
+
+
+def build(settings: dict) -> tuple[PromptScorer, dict]:
+    """Makes a scorer.
+
+    Args:
+      settings: `dataset` as for `open_dataset`; `model`, `device` (`auto`, `cpu`, `cuda`),
+        `dtype` (`auto`, `float32`, `bfloat16`), `min_pixels`, `max_pixels` as for `load_model`;
+        `prompt_style`, `instruction`; `scorer` (`trie` or `reference`), `answer_weight`,
+        `gt_prob`, `max_new_tokens`, `cache_mib`, `batch_tokens`.
+
+    Returns:
+      The scorer, and what identifies its scores: model, prompt_template, generation, dataset,
+      metric.
+
+    Raises:
+      InputError: something in the settings cannot be used.
+    """
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    if threads := int(os.environ.get("OMP_NUM_THREADS", 0)):
+        torch.set_num_threads(threads)
+    dataset = open_dataset(settings["dataset"])
+    device = _device(settings["device"])
+    dtype = settings["dtype"]
+    if dtype == "auto":
+        dtype = "float32" if device == "cpu" else "bfloat16"
+    loaded = load_model(
+        settings["model"],
+        device=device,
+        dtype=dtype,
+        min_pixels=settings["min_pixels"],
+        max_pixels=settings["max_pixels"],
+    )
+    template = PromptTemplate(settings["prompt_style"], settings["instruction"])
+    builder = PromptBuilder(loaded.tokenizer, template)
+    vision = VisionCache(loaded.model.model.visual, loaded.image_processor, dataset.load_image)
+    common = {
+        "answer_weight": settings["answer_weight"],
+        "gt_prob": settings["gt_prob"],
+        "max_new_tokens": settings["max_new_tokens"],
+    }
+    parts = (
+        loaded,
+        dataset,
+        SegmentFactory(builder, vision),
+        Embedder(loaded.model, builder, vision),
+    )
+    if settings["scorer"] == "trie":
+        scorer: PromptScorer = TrieScorer(
+            *parts,
+            batch_tokens=settings["batch_tokens"],
+            cache_bytes=settings["cache_mib"] << 20,
+            **common,
+        )
+    elif settings["scorer"] == "reference":
+        scorer = ReferenceScorer(*parts, **common)
+    else:
+        raise InputError(f"--scorer={settings['scorer']} is not one of {', '.join(SCORERS)}")
+    hello = {
+        "model": loaded.fingerprint,
+        "prompt_template": template.hash,
+        "generation": f"greedy, at most {settings['max_new_tokens']} tokens, no penalty",
+        "dataset": dataset.fingerprint,
+        "metric": f"answer_weight={settings['answer_weight']} gt_prob={settings['gt_prob']}",
+    }
+    return scorer, hello
+
+
+def _device(name: str) -> str:
+    if name == "auto":
+        if not torch.cuda.is_available():
+            return "cpu"
+        # One worker a GPU: the bridge numbers its workers.
+        return f"cuda:{int(os.environ.get('QWEN_BRIDGE_WORKER', 0)) % torch.cuda.device_count()}"
+    if name.partition(":")[0] not in ("cpu", "cuda"):
+        raise InputError(f"--device={name} is not auto, cpu, cuda or cuda:N")
+    if name.startswith("cuda") and not torch.cuda.is_available():
+        raise InputError(f"--device={name}: this torch sees no GPU; use --device=cpu")
+    return name

@@ -1,0 +1,44 @@
+"""A small world of the policy half: random embeddings, a store, and the fake VLM."""
+
+import contextlib
+
+import jax
+import numpy as np
+from fake import FakeEnvironment
+
+from lever_jax.pooled import Embedded, PoolConfig, pool_queries
+from lever_jax.proposing import Proposer
+from lever_jax.scoring import ScoringService
+from lever_jax.selector import SelectorConfig, make_selector
+from lever_jax.store import Store
+
+PARTS = {"image": (0, 6), "question": (6, 10), "answer": (10, 14)}
+
+
+@contextlib.contextmanager
+def no_bar(label, total):
+    del label, total
+    yield lambda count: None
+
+
+class World:
+    """Queries with pools, a selector and a scoring service over a fake VLM."""
+
+    def __init__(self, folder, environment=None, queries=12, bank=40, pool=8):
+        rng = np.random.default_rng(0)
+        self.bank = Embedded(
+            np.arange(bank),
+            tuple(f"b{i}" for i in range(bank)),
+            rng.normal(size=(bank, 14)).astype(np.float32),
+        )
+        embeddings = rng.normal(size=(queries, 14)).astype(np.float32)
+        embeddings[:, 10:] = 0
+        ids = np.arange(queries) + 1000
+        self.environment = environment or FakeEnvironment()
+        self.store = Store.open(folder / "store.sqlite", {"model": "fake"})
+        self.service = ScoringService(self.store, self.environment, no_bar)
+        examples = Embedded(ids, tuple(f"q{i}" for i in ids), embeddings)
+        self.queries = pool_queries(examples, self.bank, PARTS, PoolConfig(size=pool), self.store)
+        init, self.policy = make_selector(SelectorConfig(width=16), PARTS, 14)
+        self.params = init(jax.random.key(0))
+        self.proposer = Proposer(self.policy, self.queries.table, batch=8)

@@ -1,0 +1,138 @@
+"""The main job as a user runs it, small: trains, resumes, evaluates again, refuses bad input."""
+
+import json
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+from lever_jax import checkpoint
+from lever_jax.store import Store
+
+ROOT = pathlib.Path(__file__).parents[2]
+SMALL = (
+    "--num_queries=40 --num_eval=30 --bank_size=200 --pool_size=12 --warmup_queries=15 "
+    "--warmup_beam=3 --warmup_epochs=4 --proposals=24 --quotas=beam:6,sample:8,retrieval:2 "
+    "--verify_best=4 --verify_low=3 --rce_epochs=4 --grpo_epochs=1 --grpo_queries=20 "
+    "--group_size=4 --batch_queries=10 --oracle_beam=3 --random_seeds=1 --force_grpo"
+).split()
+
+
+def run(entry, *flags, timeout=400):
+    command = [sys.executable, "-m", f"experiments.{entry}", *flags]
+    return subprocess.run(
+        command, cwd=ROOT, capture_output=True, text=True, timeout=timeout, check=False
+    )
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A finished small run, and what it printed."""
+    workdir = tmp_path_factory.mktemp("run")
+    flags = (f"--flagfile={ROOT / 'grpo.flags'}", f"--workdir={workdir}", *SMALL)
+    first = run("train", *flags)
+    assert first.returncode == 0, first.stdout + first.stderr
+    return workdir, flags, first.stdout
+
+
+def test_everything_is_in_the_workdir(trained):
+    workdir, _, printed = trained
+    for name in ("flags.txt", "metrics.jsonl", "health.json", "health.csv", "eval.json"):
+        assert (workdir / name).stat().st_size > 0, name
+    assert list((workdir / "tensorboard").iterdir())
+    for phase in ("warmup", "rce", "grpo"):
+        assert checkpoint.read_metadata(workdir / "checkpoints" / phase)["phase"] == phase
+    result = json.loads((workdir / "eval.json").read_text())
+    assert (result["n"], sorted(result["shots"])) == (30, ["1", "2"])
+    methods = {
+        "zero_shot", "random", "similarity_image", "similarity_question", "similarity_joint",
+        "mmr", "selector_warmup", "selector_rce", "selector_grpo", "oracle_in_pool",
+    }  # fmt: skip
+    for rows in result["shots"].values():
+        assert set(rows) == methods
+        for row in rows.values():
+            assert row["ci95"][0] <= row["accuracy"] <= row["ci95"][1]
+            assert row["n"] == 30
+    assert "0 scored twice" in printed
+    phases = {json.loads(line)["phase"] for line in (workdir / "metrics.jsonl").open()}
+    assert phases == {"warmup", "rce", "grpo"}
+
+
+def test_the_policy_that_sampled_is_the_one_that_is_trained(trained):
+    rows = [json.loads(line) for line in (trained[0] / "metrics.jsonl").open()]
+    rows = [row for row in rows if row["phase"] == "grpo"]
+    # The first step of a round is on-policy; later ones have moved.
+    assert rows[0]["behaviour_drift"] <= 1e-5
+    assert rows[0]["ratio"] == pytest.approx(1.0, abs=1e-5)
+
+
+def test_nothing_was_scored_twice_and_the_store_is_sound(trained):
+    with Store.open(trained[0] / "store.sqlite", None, read_only=True) as store:
+        assert store.counts()["duplicate_scores"] == 0
+        assert store.counts()["duplicate_answers"] == 0
+        assert store.verify() == []
+
+
+def test_a_second_run_resumes_and_scores_nothing(trained):
+    workdir, flags, _ = trained
+    before = json.loads((workdir / "eval.json").read_text())
+    again = run("train", *flags)
+    assert again.returncode == 0, again.stderr
+    for phase in ("warmup", "rce", "grpo"):
+        assert f"{phase} was finished earlier" in again.stdout
+    assert " 0 scored," in again.stdout
+    assert json.loads((workdir / "eval.json").read_text()) == before
+
+
+def test_evaluation_in_a_new_process_prints_the_same_numbers(trained, tmp_path):
+    workdir, _, _ = trained
+    before = json.loads((workdir / "eval.json").read_text())
+    out = tmp_path / "eval.json"
+    again = run("evaluate", f"--workdir={workdir}", f"--out={out}")
+    assert again.returncode == 0, again.stderr
+    assert json.loads(out.read_text()) == before
+    only = run("evaluate", f"--workdir={workdir}", "--phase=rce", "--shots=3", f"--out={out}")
+    assert only.returncode == 0, only.stderr
+    rows = json.loads(out.read_text())["shots"]
+    assert list(rows) == ["3"]
+    assert [name for name in rows["3"] if name.startswith("selector")] == ["selector_rce"]
+
+
+@pytest.mark.parametrize(
+    ("entry", "flags", "words"),
+    [
+        ("train", ["--reward_mode=guess"], ["reward_mode", "guess", "hard01_plus_gtprob"]),
+        ("train", ["--no_such_flag=1"], ["no_such_flag"]),
+        ("train", ["--bank_size=20", "--pool_size=32"], ["--pool_size=32", "20", "lower it"]),
+        ("train", ["--shots=5", "--pool_size=4"], ["--shots=5", "--pool_size=4"]),
+        ("train", ["--model=/no/such/folder"], ["--model=/no/such/folder", "not a folder"]),
+        ("train", ["--quotas=beam"], ["--quotas", "source:count"]),
+        ("evaluate", [], ["holds no run"]),
+    ],
+)
+def test_bad_input_is_one_clear_line(tmp_path, entry, flags, words):
+    bad = run(entry, f"--workdir={tmp_path}", *flags)
+    assert bad.returncode == 2, bad.stdout + bad.stderr
+    assert "Traceback" not in bad.stderr
+    last = bad.stderr.strip().splitlines()[-1]
+    assert last.startswith("error: ")
+    for word in words:
+        assert word in last
+
+
+def test_a_checkpoint_of_another_architecture_is_refused(trained):
+    workdir, _, _ = trained
+    bad = run("evaluate", f"--workdir={workdir}", "--width=32")
+    assert bad.returncode == 2
+    assert "Traceback" not in bad.stderr
+    assert "shape" in bad.stderr.strip().splitlines()[-1]
+
+
+def test_another_pool_in_the_same_workdir_is_refused_and_nothing_is_lost(trained):
+    workdir, flags, _ = trained
+    bad = run("train", *flags, "--pool_size=10")
+    assert bad.returncode == 2
+    assert "another candidate pool" in bad.stderr
+    with Store.open(workdir / "store.sqlite", None, read_only=True) as store:
+        assert store.verify() == []

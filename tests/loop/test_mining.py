@@ -1,0 +1,142 @@
+"""Two-stage mining, groups, and on-policy rounds over the fake VLM."""
+
+import jax
+import numpy as np
+import pytest
+from fake import FakeEnvironment, worth
+
+from lever_jax.errors import InputError
+from lever_jax.mining import (
+    MiningConfig,
+    RewardConfig,
+    choose,
+    group_batch,
+    mine,
+    mined_candidates,
+    mined_groups,
+    on_policy_round,
+)
+from lever_jax.policy import sequence_log_probs
+
+CONFIG = MiningConfig(
+    proposals=20,
+    quotas={"beam": 4, "sample": 6, "retrieval": 2, "random": 4},
+    verify_best=3,
+    verify_low=2,
+    batch=5,
+)
+
+
+def run_mine(world):
+    mine("mine", world.queries, world.proposer, world.params, jax.random.key(1), world.service,
+         CONFIG, shots=2)  # fmt: skip
+
+
+def test_choose_takes_the_ends():
+    group = np.array([0, 0, 0, 0, 0, 1, 1])
+    gt_prob = np.array([0.1, 0.9, np.nan, 0.5, 0.3, 0.2, 0.1])
+    chosen = choose(group, gt_prob, best=1, low=2)
+    assert chosen.tolist() == [True, True, False, False, True, True, True]
+    assert choose(group, gt_prob, best=9, low=9).tolist() == [True] * 2 + [False] + [True] * 4
+
+
+def test_every_query_gets_a_full_group_of_distinct_pointers(make_world):
+    world = make_world()
+    run_mine(world)
+    mined = world.store.get_proposals("mine", world.queries.query_ids)
+    assert len(mined.query_ids) == 12 * CONFIG.proposals
+    prompts = {(q, *p) for q, p in zip(mined.query_ids.tolist(), mined.pointers.tolist())}
+    assert len(prompts) == len(mined.query_ids)
+    assert {s.partition("(")[0] for s in mined.sources} == {"beam", "sample", "retrieval", "random"}
+    for query_id in world.queries.query_ids:
+        own = mined.query_ids == query_id
+        values = np.array([worth(query_id, p) for p in mined.pointers[own]])
+        kept = mined.kept[own] == 1
+        # The best three, the lowest two, and whatever a certificate answered for free.
+        assert kept.sum() >= 5
+        np.testing.assert_allclose(np.sort(values[kept])[-3:], np.sort(values)[-3:])
+        np.testing.assert_allclose(np.sort(values[kept])[:2], np.sort(values)[:2])
+        assert (values[~kept] < 0.8).all()
+        assert values[kept].max() > values[kept].min()
+
+
+def test_mining_resumes_without_scoring_twice(make_world):
+    world = make_world(environment=FakeEnvironment(stop_after=None))
+    world.environment.stop_after = 3
+    with pytest.raises(KeyboardInterrupt):
+        run_mine(world)
+    world.environment.stop_after = None
+    run_mine(world)
+    run_mine(world)
+    assert len(world.environment.scored) == len(set(world.environment.scored))
+    assert len(world.environment.answered) == len(set(world.environment.answered))
+    assert len(world.store.proposed_queries("mine")) == 12
+
+
+def test_groups_hold_actions_and_rewards_of_the_kept_pointers(make_world):
+    world = make_world()
+    run_mine(world)
+    groups = mined_groups("mine", world.queries, world.store, RewardConfig())
+    assert len(groups.query_rows) == 12
+    for row, pointers, rewards, mask in zip(
+        groups.query_rows, groups.pointers, groups.rewards, groups.mask
+    ):
+        query = world.queries.query_ids[row]
+        for pointer, reward in zip(pointers[mask], rewards[mask]):
+            value = worth(query, world.queries.pool_ids[row][pointer])
+            assert reward == pytest.approx(2.0 * (value >= 0.6) + value, abs=1e-6)
+
+
+def test_failed_prompts_reach_no_group(make_world):
+    world = make_world(environment=FakeEnvironment(failing={1004}))
+    run_mine(world)
+    groups = mined_groups("mine", world.queries, world.store, RewardConfig())
+    assert 4 not in groups.query_rows
+    assert len(groups.query_rows) == 11
+    candidates = mined_candidates("mine", world.queries, world.store, RewardConfig())
+    assert candidates.failed.sum() == CONFIG.proposals
+    assert np.isnan(candidates.reward[candidates.failed]).all()
+
+
+def test_a_pointer_outside_its_pool_is_refused(make_world):
+    world = make_world()
+    stranger = np.setdiff1d(np.arange(40), world.queries.pool_ids[0])[0]
+    with pytest.raises(InputError, match=r"query 1000.*outside its candidate pool"):
+        group_batch(world.queries, np.array([1000]), np.array([[stranger, 1]]),
+                    np.array([1.0]), np.array([0.0]))  # fmt: skip
+
+
+@pytest.mark.parametrize("verify", ["all", "top_m"])
+def test_on_policy_rounds_carry_the_policys_own_log_probs(make_world, verify):
+    world = make_world()
+    rows = np.array([2, 5, 11])
+    groups, scores = on_policy_round(
+        world.queries, rows, world.proposer, world.params, jax.random.key(3), world.service,
+        RewardConfig(), shots=2, group_size=16, verify=verify, config=CONFIG, label="x",
+    )  # fmt: skip
+    assert groups.query_rows.tolist() == rows.tolist()
+    assert groups.pointers.shape == (3, 16, 2)
+    if verify == "all":
+        assert groups.mask.all()
+    else:
+        assert (groups.mask.sum(1) == 5).all()
+    assert np.isfinite(scores["reward"]).all()
+    for i, row in enumerate(rows):
+        query, pool = jax.tree.map(lambda x: x[0], world.queries.table.read(np.array([row])))
+        log_probs, _ = sequence_log_probs(
+            world.policy, world.params, query, pool, groups.pointers[i]
+        )
+        mask = groups.mask[i]
+        np.testing.assert_allclose(
+            groups.behaviour_log_probs[i][mask], np.asarray(log_probs)[mask], atol=1e-5
+        )
+
+
+def test_unknown_verify_names_the_flag(make_world):
+    world = make_world()
+    with pytest.raises(InputError, match="--verify=some is not one of all, top_m"):
+        on_policy_round(
+            world.queries, np.array([0]), world.proposer, world.params, jax.random.key(0),
+            world.service, RewardConfig(), shots=2, group_size=4, verify="some", config=CONFIG,
+            label="x",
+        )  # fmt: skip

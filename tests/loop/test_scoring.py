@@ -1,0 +1,77 @@
+"""Every prompt is scored once, whoever asks; failures stay failures."""
+
+import numpy as np
+import pytest
+from fake import FakeEnvironment, key, worth
+
+from lever_jax.scoring import columns
+
+
+def prompts(world, count, seed, shots=2):
+    rng = np.random.default_rng(seed)
+    queries = rng.choice(world.queries.query_ids, count)
+    pointers = rng.integers(0, 40, (count, shots))
+    pointers[rng.random(count) < 0.2] = -1
+    return queries, pointers
+
+
+def test_scores_are_right_ordered_and_never_computed_twice(make_world):
+    world = make_world()
+    for seed in range(3):
+        queries, pointers = prompts(world, 60, seed % 2)
+        scores = columns(world.service.score(queries, pointers, label="x"))
+        expected = [worth(q, p) for q, p in zip(queries, pointers)]
+        np.testing.assert_allclose(scores["gt_prob"], expected, atol=1e-6)
+    assert len(set(world.environment.scored)) == len(world.environment.scored)
+    assert world.service.counts.scored == len(world.environment.scored)
+    assert world.store.counts()["duplicate_scores"] == 0
+
+
+def test_only_what_no_certificate_answers_is_generated(make_world):
+    world = make_world()
+    queries, pointers = prompts(world, 80, 5)
+    scores = columns(world.service.verify(queries, pointers, label="x"))
+    expected = np.array([worth(q, p) for q, p in zip(queries, pointers)])
+    np.testing.assert_array_equal(scores["accuracy"], (expected >= 0.6).astype(np.float32))
+    asked = {key(q, p) for q, p, e in zip(queries, pointers, expected) if e < 0.8}
+    assert set(world.environment.answered) == asked
+    assert len(world.environment.answered) == len(asked)
+    before = list(world.environment.answered)
+    world.service.verify(queries, pointers, label="x")
+    assert world.environment.answered == before
+
+
+def test_how_an_answer_was_found_is_kept(make_world):
+    world = make_world()
+    queries, pointers = prompts(world, 40, 6)
+    for record in world.service.verify(queries, pointers, label="x"):
+        value = worth(record.query_id, record.pointer)
+        assert record.how == ("verified" if value >= 0.8 else "generated")
+        assert record.prediction == ("right" if value >= 0.6 else "wrong")
+
+
+def test_a_failure_is_never_a_zero(make_world):
+    world = make_world(environment=FakeEnvironment(failing={1003}))
+    queries = np.array([1002, 1003, 1004])
+    pointers = np.array([[1, 2], [1, 2], [1, 2]])
+    records = world.service.verify(queries, pointers, label="x")
+    assert [record.eval_failed for record in records] == [None, "broken", None]
+    scores = columns(records)
+    assert np.isnan(scores["gt_prob"][1])
+    assert np.isnan(scores["accuracy"][1])
+    assert np.isfinite(scores["accuracy"][[0, 2]]).all()
+    world.service.verify(queries, pointers, label="x")
+    assert world.environment.scored.count((1003, (1, 2))) == 1
+
+
+def test_what_landed_before_an_interruption_is_kept(make_world):
+    world = make_world(environment=FakeEnvironment(stop_after=2))
+    queries = np.repeat(world.queries.query_ids, 4)
+    pointers = np.stack([np.arange(48) % 40, np.arange(48) // 2 % 40], 1)
+    with pytest.raises(KeyboardInterrupt):
+        world.service.score(queries, pointers, label="x")
+    landed = set(world.environment.scored)
+    assert len(landed) == world.store.counts()["scores"] > 0
+    world.environment.stop_after = None
+    world.service.score(queries, pointers, label="x")
+    assert len(world.environment.scored) == len(set(world.environment.scored))

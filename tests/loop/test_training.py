@@ -1,0 +1,162 @@
+"""The jitted steps: they learn, they ignore padding, and the policy that sampled is trained."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from lever_jax.training import (
+    GroupBatch,
+    LossConfig,
+    batches,
+    init_state,
+    log_probs_of,
+    make_optimizer,
+    make_step,
+)
+
+
+def random_groups(world, seed=0, count=12, group=6, shots=2):
+    rng = np.random.default_rng(seed)
+    pointers = np.stack(
+        [[rng.permutation(8)[:shots] for _ in range(group)] for _ in range(count)]
+    ).astype(np.int32)
+    # A rule the selector can learn: low actions are good.
+    rewards = -pointers.sum(-1).astype(np.float32)
+    mask = rng.random((count, group)) < 0.8
+    mask[:, :2] = True
+    return GroupBatch(
+        np.arange(count, dtype=np.int32), pointers, rewards, np.zeros_like(rewards), mask
+    )
+
+
+def with_behaviour(world, params, groups):
+    query, pool = world.queries.table.read(groups.query_rows)
+    log_probs, _ = jax.vmap(lambda q, p, x: log_probs_of(world.policy, params, q, p, x))(
+        query, pool, groups.pointers
+    )
+    return groups._replace(behaviour_log_probs=np.asarray(log_probs))
+
+
+@pytest.mark.parametrize("kind", ["supervised", "rce", "grpo"])
+def test_a_step_moves_probability_to_what_is_rewarded(make_world, kind):
+    world = make_world()
+    groups = random_groups(world)
+    if kind == "supervised":
+        groups = groups._replace(rewards=np.exp(groups.rewards))
+    optimizer = make_optimizer(3e-3, steps=60)
+    step = make_step(kind, world.policy, optimizer, LossConfig(kl_coef=0.0))
+    state = init_state(world.params, optimizer)
+    for _ in range(60):
+        groups = with_behaviour(world, state.params, groups)
+        state, metrics = step(state, world.params, world.queries.table, groups)
+    assert int(state.step) == 60
+    before = with_behaviour(world, world.params, groups).behaviour_log_probs
+    after = with_behaviour(world, state.params, groups).behaviour_log_probs
+    best = np.where(groups.mask, groups.rewards, -np.inf).argmax(1)
+    gain = (after - before)[np.arange(len(best)), best]
+    assert gain.mean() > 0.5
+    assert all(np.isfinite(float(value)) for value in metrics.values())
+
+
+def test_padding_changes_nothing(make_world):
+    world = make_world()
+    groups = with_behaviour(world, world.params, random_groups(world))
+    optimizer = make_optimizer(1e-3, steps=10)
+    for kind in ("supervised", "rce", "grpo"):
+        weights = (
+            groups._replace(rewards=np.exp(groups.rewards)) if kind == "supervised" else groups
+        )
+        step = make_step(kind, world.policy, optimizer, LossConfig())
+        results = []
+        for pad in (0, 5):
+            padded = GroupBatch(*(np.pad(x, [(0, pad)] + [(0, 0)] * (x.ndim - 1)) for x in weights))
+            state, metrics = step(
+                init_state(world.params, optimizer), world.params, world.queries.table, padded
+            )
+            results.append((state.params, metrics))
+        (params, metrics), (padded_params, padded_metrics) = results
+        for a, b in zip(jax.tree.leaves(params), jax.tree.leaves(padded_params)):
+            np.testing.assert_allclose(a, b, atol=1e-6)
+        assert metrics["groups"] == padded_metrics["groups"] == 12
+        assert float(metrics["loss"]) == pytest.approx(float(padded_metrics["loss"]), abs=1e-5)
+
+
+def test_on_policy_groups_show_no_drift_and_a_reference_of_itself_no_kl(make_world):
+    world = make_world()
+    groups = with_behaviour(world, world.params, random_groups(world))
+    optimizer = make_optimizer(1e-3, steps=10)
+    step = make_step("grpo", world.policy, optimizer, LossConfig())
+    state, metrics = step(
+        init_state(world.params, optimizer), world.params, world.queries.table, groups
+    )
+    assert float(metrics["behaviour_drift"]) <= 1e-5
+    assert float(metrics["ratio"]) == pytest.approx(1.0, abs=1e-5)
+    assert float(metrics["kl"]) == pytest.approx(0.0, abs=1e-6)
+    assert float(metrics["clip_share"]) == 0.0
+    _, metrics = step(state, world.params, world.queries.table, groups)
+    assert float(metrics["behaviour_drift"]) > 1e-4
+    assert float(metrics["kl"]) > 0.0
+
+
+def test_flat_groups_are_dropped_and_counted(make_world):
+    world = make_world()
+    groups = with_behaviour(world, world.params, random_groups(world))
+    groups.rewards[:9] = 1.0
+    optimizer = make_optimizer(1e-3, steps=10)
+    for kind in ("rce", "grpo"):
+        step = make_step(kind, world.policy, optimizer, LossConfig())
+        _, metrics = step(
+            init_state(world.params, optimizer), world.params, world.queries.table, groups
+        )
+        assert float(metrics["flat_share"]) == pytest.approx(9 / 12)
+
+
+def test_donation_leaves_the_starting_parameters_alone(make_world):
+    world = make_world()
+    groups = with_behaviour(world, world.params, random_groups(world))
+    optimizer = make_optimizer(1e-3, steps=10)
+    step = make_step("grpo", world.policy, optimizer, LossConfig())
+    state = init_state(world.params, optimizer)
+    for _ in range(2):
+        state, _ = step(state, world.params, world.queries.table, groups)
+    assert all(np.isfinite(np.asarray(x)).all() for x in jax.tree.leaves(world.params))
+
+
+def test_a_phase_compiles_once(make_world):
+    world = make_world()
+    groups = with_behaviour(world, world.params, random_groups(world))
+    optimizer = make_optimizer(1e-3, steps=10)
+    step = make_step("rce", world.policy, optimizer, LossConfig())
+    state = init_state(world.params, optimizer)
+    for epoch in range(3):
+        for batch in batches(groups, 5, (0, epoch)):
+            state, _ = step(state, world.params, world.queries.table, batch)
+    assert step._cache_size() == 1
+
+
+def test_batches_hold_every_group_once(make_world):
+    groups = random_groups(make_world())
+    rows = [
+        row
+        for batch in batches(groups, 5, (1,))
+        for row, mask in zip(batch.query_rows, batch.mask)
+        if mask.any()
+    ]
+    assert sorted(rows) == list(range(12))
+    again = [batch.query_rows.tolist() for batch in batches(groups, 5, (1,))]
+    assert again == [batch.query_rows.tolist() for batch in batches(groups, 5, (1,))]
+    assert all(len(rows) == 5 for rows in again)
+
+
+def test_the_optimizer_warms_up_and_decays():
+    optimizer = make_optimizer(1.0, steps=100, warmup=10, weight_decay=0.0)
+    params = {"w": jnp.zeros(())}
+    state = optimizer.init(params)
+    sizes = []
+    for _ in range(100):
+        updates, state = optimizer.update({"w": jnp.ones(())}, state, params)
+        sizes.append(float(jnp.abs(updates["w"])))
+    assert sizes[0] < sizes[9]
+    assert max(sizes) == pytest.approx(1.0, abs=0.02)
+    assert sizes[-1] < 0.15

@@ -1,0 +1,512 @@
+import itertools
+import math
+from collections import Counter
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from scipy import stats
+
+from lever_jax import sampling
+from lever_jax.errors import InputError
+from lever_jax.masking import MASKED
+from lever_jax.policy import pointer_log_probs
+from lever_jax.selector import SelectorConfig, make_selector
+from lever_jax.types import SOURCES, CandidatePool, source_index
+
+DRAWS = 50_000
+MASKS = ["111111", "011011", "000110"]
+
+
+def as_mask(bits):
+    return jnp.array([bit == "1" for bit in bits])
+
+
+def fits(observed, expected):
+    """Chi-square p-value of counts against probabilities, both dicts over the same pointers.
+
+    Cells expecting fewer than 5 are joined, as the test wants.
+    """
+    total = sum(observed.values())
+    assert set(observed) <= {pointer for pointer, p in expected.items() if p > 0}
+    np.testing.assert_allclose(sum(expected.values()), 1.0, rtol=1e-6)
+    cells = sorted((total * p, observed.get(pointer, 0)) for pointer, p in expected.items())
+    rare = [cell for cell in cells if cell[0] < 5]
+    cells = [cell for cell in cells if cell[0] >= 5]
+    if rare:
+        cells.append(tuple(sum(column) for column in zip(*rare)))
+    wanted, seen = (np.array(column, float) for column in zip(*cells))
+    statistic = np.sum((seen - wanted) ** 2 / np.maximum(wanted, 1e-9))
+    return stats.chi2.sf(statistic, max(len(cells) - 1, 1))
+
+
+def counts(pointers):
+    return Counter(map(tuple, np.asarray(pointers).tolist()))
+
+
+def nucleus_by_hand(p):
+    """Logits outside the nucleus become -inf; written with a sorted loop."""
+
+    def adjust(logits):
+        probabilities = np.exp(logits - logits.max())
+        probabilities /= probabilities.sum()
+        inside = [sum(q for q in probabilities if q > mine) < p for mine in probabilities]
+        return np.where(inside, logits, -np.inf)
+
+    return adjust
+
+
+SEQUENTIAL = {
+    "temperature 1": (sampling.sample_temperature, {}, lambda logits: logits),
+    "temperature 0.5": (sampling.sample_temperature, {"temperature": 0.5}, lambda x: x / 0.5),
+    "temperature 3": (sampling.sample_temperature, {"temperature": 3.0}, lambda x: x / 3.0),
+    "top_p": (sampling.sample_top_p, {}, nucleus_by_hand(0.9)),
+    "top_p 0.5": (sampling.sample_top_p, {"p": 0.5}, nucleus_by_hand(0.5)),
+    "top_p 1": (sampling.sample_top_p, {"p": 1.0}, lambda logits: logits),
+}
+
+
+def check_sequential(table, name, bits, draws):
+    sampler, options, adjust = SEQUENTIAL[name]
+    params, mask = table.params(seed=4), as_mask(bits)
+    rollouts = sampler(
+        table.policy,
+        params,
+        jax.random.key(0),
+        jnp.asarray(params),
+        mask,
+        num=draws,
+        shots=2,
+        **options,
+    )
+    expected = table.enumerate(params, np.asarray(mask), adjust=adjust)
+    assert rollouts.mask.all()
+    assert fits(counts(rollouts.pointers), expected) > 0.001
+    for pointer, log_prob in zip(rollouts.pointers[:200].tolist(), rollouts.log_probs):
+        np.testing.assert_allclose(log_prob, np.log(expected[tuple(pointer)]), atol=1e-5)
+
+
+@pytest.mark.parametrize("bits", MASKS)
+@pytest.mark.parametrize("name", SEQUENTIAL)
+def test_sequential_samplers_against_enumeration(table, name, bits):
+    check_sequential(table, name, bits, DRAWS)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", SEQUENTIAL)
+def test_sequential_samplers_against_enumeration_with_many_draws(table, name):
+    check_sequential(table, name, MASKS[0], 200_000)
+
+
+def check_uniform(table, sampler, bits, draws, num):
+    mask = as_mask(bits)
+    expected = table.enumerate(np.zeros((2, 7, 6)), np.asarray(mask))
+    keys = jax.random.split(jax.random.key(1), draws // num)
+    rollouts = jax.vmap(lambda key: sampler(key, mask, num=num, shots=2))(keys)
+    drawn = rollouts.pointers[rollouts.mask]
+    assert fits(counts(drawn), expected) > 0.001
+    for column in range(num):  # each row of a group on its own, too
+        column = rollouts.pointers[:, column][rollouts.mask[:, column]]
+        assert fits(counts(column), expected) > 0.001
+    np.testing.assert_allclose(
+        rollouts.log_probs[rollouts.mask], -math.log(len(expected)), rtol=1e-6
+    )
+
+
+@pytest.mark.parametrize("bits", MASKS)
+def test_uniform_against_enumeration(table, bits):
+    check_uniform(table, sampling.sample_uniform, bits, DRAWS, num=2)
+
+
+@pytest.mark.parametrize("bits", MASKS)
+def test_uniform_distinct_against_enumeration(table, bits):
+    check_uniform(table, sampling.sample_uniform_distinct, bits, DRAWS, num=2)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["sample_uniform", "sample_uniform_distinct"])
+def test_uniform_against_enumeration_with_many_draws(table, name):
+    check_uniform(table, getattr(sampling, name), MASKS[0], 200_000, num=1)
+
+
+@pytest.mark.parametrize(("candidates", "shots", "num"), [(6, 2, 30), (6, 2, 45), (4, 4, 24)])
+def test_uniform_distinct_enumerates_a_small_pool(candidates, shots, num):
+    mask = jnp.arange(9) < candidates
+    rollouts = sampling.sample_uniform_distinct(jax.random.key(0), mask, num=num, shots=shots)
+    total = math.perm(candidates, shots)
+    np.testing.assert_array_equal(rollouts.mask, np.arange(num) < total)
+    assert set(counts(rollouts.pointers[:total])) == set(
+        itertools.permutations(range(candidates), shots)
+    )
+
+
+def check_stochastic_beam(table, bits, draws):
+    """The first two rows are two draws without replacement, in order."""
+    params, mask = table.params(seed=5), as_mask(bits)
+
+    @jax.jit
+    @jax.vmap
+    def draw(key):
+        return sampling.stochastic_beam_search(
+            table.policy, params, key, jnp.asarray(params), mask, num=2, shots=2
+        )
+
+    drawn = draw(jax.random.split(jax.random.key(2), draws))
+    p = table.enumerate(params, np.asarray(mask))
+    expected = {a + b: p[a] * p[b] / (1 - p[a]) for a, b in itertools.permutations(p, 2)}
+    assert drawn.rollouts.mask.all()
+    assert fits(counts(drawn.rollouts.pointers[:, 0]), p) > 0.001
+    assert fits(counts(drawn.rollouts.pointers.reshape(draws, 4)), expected) > 0.001
+    return drawn, p
+
+
+@pytest.mark.parametrize("bits", MASKS)
+def test_stochastic_beam_against_enumeration(table, bits):
+    drawn, p = check_stochastic_beam(table, bits, DRAWS)
+    # Every perturbed log-probability is a Gumbel around the pointer's own: the largest of all is a
+    # standard Gumbel, whatever the policy.
+    assert stats.kstest(np.asarray(drawn.perturbed[:, 0]), stats.gumbel_r.cdf).pvalue > 0.001
+    rollouts = drawn.rollouts
+    for pointer, log_prob in zip(rollouts.pointers[:100, 1].tolist(), rollouts.log_probs[:, 1]):
+        np.testing.assert_allclose(log_prob, np.log(p[tuple(pointer)]), atol=1e-5)
+
+
+@pytest.mark.slow
+def test_stochastic_beam_against_enumeration_with_many_draws(table):
+    check_stochastic_beam(table, MASKS[0], 200_000)
+
+
+def test_inclusion_weights_estimate_without_bias(table):
+    params, mask = table.params(seed=6, scale=2.0), jnp.ones(6, bool)
+    p = table.enumerate(params, np.asarray(mask))
+    worth = np.random.default_rng(0).normal(size=(6, 6)).astype(np.float32)
+
+    @jax.jit
+    @jax.vmap
+    def estimate(key):
+        beam = sampling.stochastic_beam_search(
+            table.policy, params, key, jnp.asarray(params), mask, num=4, shots=2
+        )
+        log_probs = beam.rollouts.log_probs
+        weights = jnp.exp(log_probs - sampling.inclusion_log_probs(log_probs, beam.threshold))
+        pointers = beam.rollouts.pointers
+        return jnp.sum(weights * jnp.asarray(worth)[pointers[:, 0], pointers[:, 1]])
+
+    estimates = np.asarray(estimate(jax.random.split(jax.random.key(3), 20_000)), np.float64)
+    exact = sum(worth[pointer] * probability for pointer, probability in p.items())
+    error = estimates.std(ddof=1) / math.sqrt(len(estimates))
+    assert abs(estimates.mean() - exact) < 4 * error
+
+
+def test_inclusion_probability_is_certain_where_everything_was_drawn(table):
+    params = table.params(seed=6, candidates=3)
+    beam = sampling.stochastic_beam_search(
+        table.policy,
+        params,
+        jax.random.key(0),
+        jnp.asarray(params),
+        jnp.ones(3, bool),
+        num=8,
+        shots=2,
+    )
+    np.testing.assert_array_equal(beam.rollouts.mask, np.arange(8) < 6)
+    assert len(counts(beam.rollouts.pointers[:6])) == 6
+    assert beam.threshold == MASKED
+    log_probs = beam.rollouts.log_probs[:6]
+    np.testing.assert_allclose(sampling.inclusion_log_probs(log_probs, beam.threshold), 0.0)
+    np.testing.assert_allclose(jnp.exp(log_probs).sum(), 1.0, rtol=1e-5)
+
+
+def test_inclusion_probability_far_from_the_threshold():
+    gaps = jnp.array([-40.0, -15.0, -1.0, 0.0, 5.0, 80.0])
+    expected = np.log(-np.expm1(-np.exp(np.asarray(gaps, np.float64)[:5])))
+    inclusion = sampling.inclusion_log_probs(gaps, jnp.zeros(()))
+    np.testing.assert_allclose(inclusion[:5], expected, atol=1e-6, rtol=1e-5)
+    assert inclusion[5] == 0.0
+
+
+@pytest.mark.parametrize("bits", MASKS)
+@pytest.mark.parametrize("shots", [1, 2, 3])
+def test_wide_beam_is_exact(table, bits, shots):
+    """With a beam for every prefix, beam search is the list of all pointers in order."""
+    params, mask = table.params(seed=7, shots=shots), as_mask(bits)
+    expected = table.enumerate(params, np.asarray(mask))
+    ordered = sorted(expected, key=expected.get, reverse=True)
+    rollouts = sampling.beam_search(
+        table.policy, params, jnp.asarray(params), mask, num=130, shots=shots
+    )
+    np.testing.assert_array_equal(rollouts.mask, np.arange(130) < len(expected))
+    assert list(map(tuple, rollouts.pointers[: len(expected)].tolist())) == ordered
+    np.testing.assert_allclose(
+        rollouts.log_probs[: len(expected)], np.log([expected[p] for p in ordered]), atol=1e-5
+    )
+
+
+@pytest.mark.parametrize("width", [6, 10])
+def test_beam_as_wide_as_the_pool_is_exact_for_two_shots(table, width):
+    params, mask = table.params(seed=8), jnp.ones(6, bool)
+    expected = table.enumerate(params, np.asarray(mask))
+    ordered = sorted(expected, key=expected.get, reverse=True)[:width]
+    rollouts = sampling.beam_search(
+        table.policy, params, jnp.asarray(params), mask, num=width, shots=2
+    )
+    assert list(map(tuple, rollouts.pointers.tolist())) == ordered
+
+
+def test_greedy_takes_the_best_pick_each_time(table):
+    params, mask = table.params(seed=9, shots=4), as_mask("110111")
+    left, previous, expected = [0, 1, 3, 4, 5], 6, []
+    for step in range(4):
+        previous = max(left, key=lambda action: params[step, previous, action])  # noqa: B023
+        left.remove(previous)
+        expected.append(previous)
+    rollouts = sampling.beam_search(table.policy, params, jnp.asarray(params), mask, num=1, shots=4)
+    assert rollouts.pointers.tolist() == [expected]
+
+
+def test_ties_go_to_the_candidate_that_stands_first(table):
+    params, mask = np.zeros((2, 7, 6), np.float32), as_mask("011011")
+    rollouts = sampling.beam_search(table.policy, params, jnp.asarray(params), mask, num=4, shots=2)
+    np.testing.assert_array_equal(rollouts.pointers, [[1, 2], [1, 4], [1, 5], [2, 1]])
+
+
+def test_nucleus_keeps_equals_together():
+    log_probs = jnp.log(jnp.array([0.4, 0.2, 0.2, 0.2]))
+    np.testing.assert_array_equal(sampling.nucleus(log_probs, 0.3), [True, False, False, False])
+    np.testing.assert_array_equal(sampling.nucleus(log_probs, 0.5), [True] * 4)
+    np.testing.assert_array_equal(sampling.nucleus(log_probs, 0.0), [True, False, False, False])
+
+
+def test_similarity_order_puts_the_most_similar_last():
+    rollouts = sampling.similarity_order(as_mask("110111"), num=5, shots=2)
+    np.testing.assert_array_equal(rollouts.pointers, [[1, 0], [3, 1], [4, 3], [5, 4], [-1, -1]])
+    np.testing.assert_array_equal(rollouts.mask, [True] * 4 + [False])
+    np.testing.assert_array_equal(rollouts.log_probs[:4], 0.0)
+
+
+SOURCES_TO_MIX = {"beam": 3, "sbs": 4, "sample": 4, "top_p": 2, "random": 2, "retrieval": 2}
+
+
+def samplers(policy, params, num, shots):
+    """Every sampler as (key, encoding, mask) -> Rollouts."""
+    rows = {"num": num, "shots": shots}
+    quotas = {name: num // 8 for name in ("policy", *SOURCES_TO_MIX)}
+    return {
+        "beam": lambda key, e, m: sampling.beam_search(policy, params, e, m, **rows),
+        "sample": lambda key, e, m: sampling.sample_temperature(policy, params, key, e, m, **rows),
+        "top_p": lambda key, e, m: sampling.sample_top_p(policy, params, key, e, m, **rows),
+        "random": lambda key, e, m: sampling.sample_uniform(key, m, **rows),
+        "distinct": lambda key, e, m: sampling.sample_uniform_distinct(key, m, **rows),
+        "retrieval": lambda key, e, m: sampling.similarity_order(m, **rows),
+        "sbs": lambda key, e, m: (
+            sampling.stochastic_beam_search(policy, params, key, e, m, **rows).rollouts
+        ),
+        "mixture": lambda key, e, m: sampling.sample_mixture(
+            policy, params, key, e, m, quotas=quotas, **rows
+        ),
+    }
+
+
+def check_rollouts(rollouts, mask, shots):
+    """Invariants of every sampler, for a batch [B, G] of rollouts."""
+    assert rollouts.pointers.dtype == rollouts.sources.dtype == jnp.int32
+    pointers, found, mask = (np.asarray(x) for x in (rollouts.pointers, rollouts.mask, mask))
+    for row in range(len(mask)):
+        assert found[row].any() == (mask[row].sum() >= shots)
+        np.testing.assert_array_equal(pointers[row][~found[row]], -1)
+        np.testing.assert_array_equal(rollouts.log_probs[row][~found[row]], MASKED)
+        for pointer in pointers[row][found[row]]:
+            assert len(set(pointer.tolist())) == shots
+            assert mask[row][pointer].all()
+    assert jnp.all(jnp.isfinite(rollouts.log_probs))
+
+
+@pytest.mark.parametrize(("candidates", "shots"), [(6, 1), (9, 8), (3, 5), (200, 3)])
+def test_every_sampler_for_any_shots_and_pool(candidates, shots):
+    """Each row of the batch has another mask; the last two have too few candidates, or none."""
+    short = max(shots - 1, 0)
+    sizes = [candidates, max(candidates - 1, 1), min(shots, candidates), short, 0]
+    mask = jnp.arange(candidates) < jnp.array(sizes)[:, None]
+    mask = mask[:, ::-1]
+    rng = np.random.default_rng(0)
+    logits = jnp.asarray(rng.normal(size=(candidates, candidates)), jnp.float32)
+    from lever_jax.policy import Policy
+
+    policy = Policy(
+        encode=lambda params, query, pool: params,
+        start=lambda params, encoding: encoding[0],
+        logits=lambda params, encoding, state: state,
+        update=lambda params, encoding, state, action: encoding[action],
+    )
+    keys = jax.random.split(jax.random.key(0), len(sizes))
+
+    @jax.jit
+    def draw_all(keys, mask):
+        return {
+            name: jax.vmap(lambda key, m, draw=draw: draw(key, logits, m))(keys, mask)
+            for name, draw in samplers(policy, logits, 16, shots).items()
+        }
+
+    drawn = draw_all(keys, mask)
+    for name, rollouts in drawn.items():
+        check_rollouts(rollouts, mask, shots)
+        if name in ("beam", "distinct", "sbs", "mixture"):
+            for size, pointers, found in zip(sizes, rollouts.pointers, rollouts.mask):
+                total = math.perm(size, shots)
+                assert found.sum() == min(total, 16), name
+                assert len(counts(pointers[found])) == found.sum(), name
+        if name in ("beam", "sample", "sbs"):
+            log_probs, _ = jax.vmap(
+                lambda m, pointers: pointer_log_probs(policy, logits, logits, m, pointers)
+            )(mask, rollouts.pointers)
+            np.testing.assert_allclose(rollouts.log_probs, log_probs, atol=1e-5, rtol=1e-5)
+
+
+def test_results_do_not_depend_on_the_batch(batch, parts):
+    """Bit by bit: with other neighbours, in another place, and whatever the padding of others."""
+    init, policy = make_selector(SelectorConfig(width=16, heads=2), parts, 12)
+    params = init(jax.random.key(0))
+    ids = jnp.array([11, 7, 3, 400])
+
+    @jax.jit
+    def draw_all(ids, queries, pools):
+        def one(query_id, query, pool):
+            key = jax.random.fold_in(jax.random.key(9), query_id)
+            encoding = policy.encode(params, query, pool)
+            draws = samplers(policy, params, 16, 2)
+            return {name: draw(key, encoding, pool.mask) for name, draw in draws.items()}
+
+        return jax.vmap(one)(ids, queries, pools)
+
+    queries, pools = batch
+    before = draw_all(ids, queries, pools)
+    order = jnp.array([2, 2, 3, 0])
+    after = draw_all(ids[order], *jax.tree.map(lambda x: x[order], (queries, pools)))
+    for old, new in zip(jax.tree.leaves(before), jax.tree.leaves(after)):
+        np.testing.assert_array_equal(old[order], new)
+
+
+def test_padding_changes_no_draw(table):
+    params, mask = table.params(seed=10), jnp.ones(6, bool)
+    padded = np.full((2, 10, 9), 3.0, np.float32)
+    padded[:, :6, :6], padded[:, 9, :6] = params[:, :6], params[:, 6]
+    key = jax.random.key(4)
+    before = samplers(table.policy, None, 16, 2)
+    for name, draw in before.items():
+        old = draw(key, jnp.asarray(params), mask)
+        new = draw(key, jnp.asarray(padded), jnp.pad(mask, (0, 3)))
+        np.testing.assert_array_equal(old.pointers, new.pointers, err_msg=name)
+        np.testing.assert_allclose(old.log_probs, new.log_probs, atol=1e-6)
+
+
+def test_more_independent_draws_only_append(table):
+    params, mask, key = jnp.asarray(table.params(seed=10)), jnp.ones(6, bool), jax.random.key(4)
+    few, many = (
+        sampling.sample_temperature(table.policy, None, key, params, mask, num=num, shots=2)
+        for num in (4, 9)
+    )
+    np.testing.assert_array_equal(few.pointers, many.pointers[:4])
+
+
+def test_mixture_takes_sources_in_order_and_fills_up(table):
+    params, mask = table.params(seed=11), jnp.ones(6, bool)
+    rollouts = sampling.sample_mixture(
+        table.policy,
+        params,
+        jax.random.key(0),
+        jnp.asarray(params),
+        mask,
+        num=24,
+        shots=2,
+        quotas={**SOURCES_TO_MIX, "policy": 7},
+    )
+    assert rollouts.mask.all()
+    assert len(counts(rollouts.pointers)) == 24
+    names = [SOURCES[source].partition("(")[0] for source in rollouts.sources.tolist()]
+    blocks = [name for name, _ in itertools.groupby(names)]
+    order = [*SOURCES_TO_MIX, "policy", "random"]
+    assert names[:3] == ["beam"] * 3
+    assert [name for name in order if name in blocks][: len(blocks)] == blocks[
+        : len(order) - 1
+    ] or (blocks[-1] == "random")
+    for name, most in {**SOURCES_TO_MIX, "policy": 7}.items():
+        assert name == "random" or names.count(name) <= most
+
+
+def test_mixture_log_probs_are_those_of_the_source(table):
+    params, mask = table.params(seed=12, candidates=8), jnp.ones(8, bool)
+    rollouts = sampling.sample_mixture(
+        table.policy,
+        params,
+        jax.random.key(1),
+        jnp.asarray(params),
+        mask,
+        num=32,
+        shots=2,
+        temperature=2.0,
+        top_p=0.6,
+        quotas={"retrieval": 2, "sample": 8, "top_p": 8, "beam": 6, "sbs": 6},
+    )
+    adjusts = {
+        "sample": lambda logits: logits / 2.0,
+        "top_p": nucleus_by_hand(0.6),
+        "beam": lambda logits: logits,
+        "sbs": lambda logits: logits,
+        "random": np.zeros_like,
+    }
+    seen = set()
+    for pointer, log_prob, source in zip(*map(np.asarray, rollouts[:3])):
+        name = SOURCES[source].partition("(")[0]
+        seen.add(name)
+        if name == "retrieval":
+            assert log_prob == 0.0
+            continue
+        expected = table.enumerate(params, np.asarray(mask), adjust=adjusts[name])
+        np.testing.assert_allclose(log_prob, np.log(expected[tuple(pointer.tolist())]), atol=1e-5)
+    assert seen == {"retrieval", *adjusts}
+
+
+def test_a_source_does_not_depend_on_the_other_quotas(table):
+    params, mask, key = jnp.asarray(table.params(seed=11)), jnp.ones(6, bool), jax.random.key(0)
+    alone, mixed = (
+        sampling.sample_mixture(
+            table.policy, None, key, params, mask, num=10, shots=2, quotas=quotas
+        )
+        for quotas in ({"sbs": 4}, {"sbs": 4, "beam": 4})
+    )
+    np.testing.assert_array_equal(alone.pointers[:4], mixed.pointers[:4])
+
+
+@pytest.mark.parametrize(
+    ("quotas", "message"),
+    [
+        ({"beam": 20, "sample": 5}, "ask for 25 pointers, more than the group of 16"),
+        ({"local_search": 4}, "'local_search' needs scored pointers; a mixture draws from beam"),
+        ({"beem": 4}, "unknown proposal source 'beem'"),
+        ({"beam": -1}, "quota -1 of proposal source 'beam'"),
+        ({"sample": 1, "sample(temp=1.0)": 1}, "'sample' has two quotas"),
+    ],
+)
+def test_quotas_that_cannot_be_met(table, quotas, message):
+    params = jnp.asarray(table.params(seed=0))
+    with pytest.raises(InputError, match=message):
+        sampling.sample_mixture(
+            table.policy,
+            None,
+            jax.random.key(0),
+            params,
+            jnp.ones(6, bool),
+            num=16,
+            shots=2,
+            quotas=quotas,
+        )
+
+
+def test_pool_mask_type(batch):
+    """A pool is a pytree like any other: it can be mapped, padded and handed to jit."""
+    _, pools = batch
+    doubled = jax.tree.map(lambda x: jnp.concatenate([x, x]), pools)
+    assert isinstance(doubled, CandidatePool)
+    assert doubled.mask.shape == (8, 6)
+    assert source_index("policy") == SOURCES.index("policy")

@@ -1,0 +1,222 @@
+"""The selector learns what this project needs it to learn, from as little as there is.
+
+A world in miniature: the colour of a query's image (8) decides which language (8) its answer is in,
+a tenth of the demonstrations is annotated in another one, and pools are random. The parts of the
+embeddings have a common offset and different scales, as those of a VLM do.
+"""
+
+import dataclasses
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from lever_jax.errors import InputError
+from lever_jax.masking import masked_entropy
+from lever_jax.policy import sequence_log_probs
+from lever_jax.sampling import beam_search
+from lever_jax.selector import SelectorConfig, make_selector
+from lever_jax.types import CandidatePool
+
+PARTS = {"image": (0, 48), "question": (48, 72), "answer": (72, 112)}
+POOL = 32
+DIMENSION = 112
+
+
+class World:
+    """Embeddings of demonstrations and queries with known colours, digits and languages."""
+
+    def __init__(self, seed):
+        self.rng = np.random.default_rng(seed)
+        normal = self.rng.normal
+        self.colours, self.digits = normal(size=(8, 48)), normal(size=(10, 48))
+        self.questions, self.languages = normal(size=(3, 24)), normal(size=(8, 40))
+        self.words = normal(size=(8, 10, 40))
+        self.language_of = self.rng.permutation(8)
+
+    def embed(self, colour, digit, language):
+        noise = lambda width: 0.5 * self.rng.normal(size=(len(colour), width))  # noqa: E731
+        question = self.questions[self.rng.integers(3, size=len(colour))]
+        image = self.colours[colour] + self.digits[digit] + noise(48)
+        answer = self.languages[language] + self.words[language, digit] + noise(40)
+        columns = [10.0 * (image + 3.0), question + noise(24) + 3.0, 0.1 * (answer + 3.0)]
+        return np.concatenate(columns, axis=1).astype(np.float32)
+
+    def queries(self, count):
+        """Queries with pools from a bank of their own, and what each candidate is good for."""
+        bank = 1200
+        colour, digit = self.rng.integers(8, size=bank), self.rng.integers(10, size=bank)
+        foreign = self.rng.random(bank) < 0.1
+        language = np.where(foreign, self.rng.integers(8, size=bank), self.language_of[colour])
+        demonstrations = self.embed(colour, digit, language)
+
+        query_colour, query_digit = (
+            self.rng.integers(8, size=count),
+            self.rng.integers(10, size=count),
+        )
+        query_language = self.language_of[query_colour]
+        queries = self.embed(query_colour, query_digit, query_language)
+        queries[:, slice(*PARTS["answer"])] = 0.0
+        pools = np.stack([self.rng.choice(bank, POOL, replace=False) for _ in range(count)])
+        same_language = language[pools] == query_language[:, None]
+        same_digit = digit[pools] == query_digit[:, None]
+        return queries, demonstrations[pools], same_language, same_digit
+
+    def pointers(self, first, last, group=4):
+        """Pointers [N, G, 2] whose first pick is good as `first` says and last as `last` does."""
+        pointers = np.full((len(first), group, 2), -1, np.int32)
+        for row in range(len(first)):
+            for column in range(group):
+                goods = np.flatnonzero(last[row])
+                goal = self.rng.choice(goods) if len(goods) else -1
+                others = np.setdiff1d(np.flatnonzero(first[row]), [goal])
+                if goal >= 0 and len(others):
+                    pointers[row, column] = self.rng.choice(others), goal
+        return pointers
+
+
+def train(seed, world, first, last, queries, pools, *, steps=120, batch=32):
+    init, policy = make_selector(SelectorConfig(), PARTS, DIMENSION)
+    params = init(jax.random.key(seed))
+    mask = jnp.ones(POOL, bool)
+    pointers = world.pointers(first, last)
+    optimizer = optax.adamw(optax.cosine_decay_schedule(3e-3, steps))
+
+    def loss(params, queries, pools, pointers):
+        one = lambda query, pool, pointers: sequence_log_probs(  # noqa: E731
+            policy, params, query, CandidatePool(pool, mask), pointers
+        )[0]
+        log_probs = jax.vmap(one)(queries, pools, pointers)
+        where = pointers[..., 0] >= 0
+        return -jnp.sum(jnp.where(where, log_probs, 0.0)) / jnp.sum(where)
+
+    @jax.jit
+    def step(params, state, *rows):
+        value, gradient = jax.value_and_grad(loss)(params, *rows)
+        updates, state = optimizer.update(gradient, state, params)
+        return optax.apply_updates(params, updates), state, value
+
+    state = optimizer.init(params)
+    for _ in range(steps):
+        rows = world.rng.choice(len(queries), batch, replace=False)
+        params, state, value = step(params, state, queries[rows], pools[rows], pointers[rows])
+    assert np.isfinite(value)
+    return policy, params
+
+
+def greedy(policy, params, queries, pools):
+    @jax.jit
+    @jax.vmap
+    def choose(query, embeddings):
+        pool = CandidatePool(embeddings, jnp.ones(POOL, bool))
+        encoding = policy.encode(params, query, pool)
+        return beam_search(policy, params, encoding, pool.mask, num=1, shots=2).pointers[0]
+
+    return np.asarray(choose(queries, pools))
+
+
+def accuracy(picks, good, feasible):
+    return good[np.arange(len(picks)), picks][feasible].mean()
+
+
+def test_learns_which_language_goes_with_the_colour():
+    world = World(seed=0)
+    queries, pools, language, _ = world.queries(600)
+    policy, params = train(0, world, language, language, queries, pools)
+    queries, pools, language, _ = world.queries(200)
+    picks = greedy(policy, params, queries, pools)
+    feasible = language.sum(-1) >= 2
+    assert accuracy(picks[:, 0], language, feasible) >= 0.9
+    assert accuracy(picks[:, 1], language, feasible) >= 0.9
+
+
+def test_learns_that_the_picks_have_different_parts_to_play():
+    world = World(seed=1)
+    queries, pools, language, digit = world.queries(600)
+    policy, params = train(1, world, digit, language, queries, pools)
+    queries, pools, language, digit = world.queries(200)
+    picks = greedy(policy, params, queries, pools)
+    feasible = language.any(-1) & digit.any(-1) & ((language | digit).sum(-1) >= 2)
+    assert accuracy(picks[:, 0], digit, feasible) >= 0.9
+    assert accuracy(picks[:, 1], language, feasible) >= 0.9
+
+
+def test_untrained_is_close_to_uniform_but_not_symmetric():
+    queries, pools, _, _ = World(seed=2).queries(16)
+    init, policy = make_selector(SelectorConfig(), PARTS, DIMENSION)
+    params = init(jax.random.key(0))
+    pairs = jnp.array([[0, 1]])
+
+    @jax.jit
+    @jax.vmap
+    def first_steps(query, embeddings):
+        pool = CandidatePool(embeddings, jnp.ones(POOL, bool))
+        return sequence_log_probs(policy, params, query, pool, pairs)[1][0]
+
+    steps = first_steps(queries, pools)  # [16, 2, K]
+    entropy = masked_entropy(steps)
+    assert jnp.min(entropy[:, 0]) > math.log(POOL) - 0.25
+    assert jnp.min(entropy[:, 1]) > math.log(POOL - 1) - 0.25
+    assert jnp.min(jnp.std(steps[:, 0], axis=-1)) > 0.01
+
+
+def test_the_state_remembers_the_picks_and_their_order(batch, parts):
+    init, policy = make_selector(SelectorConfig(width=16, heads=2), parts, 12)
+    params = init(jax.random.key(0))
+    query, pool = jax.tree.map(lambda x: x[0], batch)
+    pointers = jnp.array([[0, 1, 2], [1, 0, 2], [3, 1, 2]])
+    _, steps = jax.jit(sequence_log_probs, static_argnums=0)(policy, params, query, pool, pointers)
+    odds = steps[:, 2, 4] - steps[:, 2, 5]  # of two candidates that none of them has picked
+    assert len(np.unique(np.round(np.asarray(odds), 6))) == 3
+
+
+def test_a_query_part_that_is_zero_and_a_pool_of_equals_are_finite(parts):
+    init, policy = make_selector(SelectorConfig(width=16, heads=2), parts, 12)
+    params = init(jax.random.key(0))
+    pointers = jnp.array([[0, 1], [1, 0]])
+
+    @jax.jit
+    @jax.value_and_grad
+    def total(params, query, pool):
+        return jnp.sum(sequence_log_probs(policy, params, query, pool, pointers)[0])
+
+    for embedding in (jnp.zeros(12), 7.3 * jnp.ones(12)):
+        pool = CandidatePool(jnp.tile(embedding, (2, 1)), jnp.ones(2, bool))
+        value, gradient = total(params, embedding.at[8:].set(0.0), pool)
+        np.testing.assert_allclose(value, 2 * math.log(0.5), atol=1e-4)
+        assert all(jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(gradient))
+
+
+def test_scale_of_a_part_does_not_matter(batch, parts):
+    init, policy = make_selector(SelectorConfig(width=16, heads=2), parts, 12)
+    params = init(jax.random.key(0))
+    query, pool = jax.tree.map(lambda x: x[0], batch)
+    pointers = jnp.array([[0, 1], [4, 2]])
+    scale = jnp.repeat(jnp.array([100.0, 0.01, 1.0]), 4)
+    read = jax.jit(sequence_log_probs, static_argnums=0)
+    before, _ = read(policy, params, query, pool, pointers)
+    scaled = pool._replace(embeddings=pool.embeddings * scale)
+    after, _ = read(policy, params, query * scale, scaled, pointers)
+    np.testing.assert_allclose(before, after, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"width": 0}, "width=0; give 1 or more"),
+        ({"heads": 3}, "width=64 is not a multiple of heads=3; try 66"),
+        ({"layers": -1}, "layers=-1; give 0 or more"),
+    ],
+)
+def test_config_that_cannot_be_built(change, message):
+    with pytest.raises(InputError, match=message):
+        dataclasses.replace(SelectorConfig(), **change)
+
+
+@pytest.mark.parametrize("parts", [{}, {"image": (0, 20)}, {"image": (4, 4)}, {"image": (-1, 4)}])
+def test_parts_that_do_not_fit(parts):
+    with pytest.raises(InputError, match="give"):
+        make_selector(SelectorConfig(), parts, 12)

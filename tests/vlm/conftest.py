@@ -1,0 +1,48 @@
+"""The embedded checkpoint in this process, and where the shared real data lie."""
+
+import pathlib
+
+import pytest
+
+from qwen_bridge import workers
+
+SHARED = pathlib.Path(__file__).parents[3] / "shared" / "data"
+
+SETTINGS = {
+    "dataset": {"kind": "digits", "seed": 0, "bank": 300, "train": 40, "eval": 60},
+    "model": "",
+    "device": "cpu",
+    "dtype": "float32",
+    "min_pixels": None,
+    "max_pixels": None,
+    "prompt_style": "chat",
+    "instruction": "",
+    "scorer": "trie",
+    "answer_weight": "count3",
+    "gt_prob": "product",
+    "max_new_tokens": 10,
+    "cache_mib": 64,
+    "batch_tokens": 4096,
+}
+
+
+@pytest.fixture(scope="session")
+def make_scorer():
+    """Builds scorers from the usual settings with some changed; equal ones are shared."""
+    built = {}
+
+    def make(**changes):
+        key = repr(sorted(changes.items()))
+        if key not in built:
+            built[key] = workers.build({**SETTINGS, **changes})[0]
+        return built[key]
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def shared():
+    """The folder of real data, or a skip where it is absent."""
+    if not SHARED.is_dir():
+        pytest.skip(f"needs the real data in {SHARED}, which are not part of the product")
+    return SHARED

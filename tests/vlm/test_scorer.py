@@ -1,0 +1,191 @@
+"""The fast scorer against the plain one, which runs the whole model for every answer."""
+
+import numpy as np
+import pytest
+
+from qwen_bridge.errors import InputError
+from qwen_bridge.scorer import BranchScores
+from qwen_bridge.vqa.accuracy import accuracy_normalized
+
+
+def random_prompts(scorer, count, seed, most_shots=4):
+    """Prompts of 0 to `most_shots` demonstrations, some shared, some shown twice."""
+    rng = np.random.default_rng(seed)
+    queries = rng.choice([example.id for example in scorer.dataset.eval], count)
+    pool = rng.choice([example.id for example in scorer.dataset.bank], 6)
+    pointers = np.full((count, most_shots), -1)
+    for row in range(count):
+        shots = rng.integers(0, most_shots + 1)
+        pointers[row, :shots] = rng.choice(pool, shots)
+    return queries, pointers
+
+
+def assert_scores_agree(fast, slow):
+    known = np.isfinite(slow.answer_log_probs)
+    np.testing.assert_array_equal(known, np.isfinite(fast.answer_log_probs))
+    difference = np.abs(fast.answer_log_probs[known] - slow.answer_log_probs[known])
+    assert difference.max() <= 1e-4
+    np.testing.assert_allclose(fast.gt_prob, slow.gt_prob, atol=1e-5)
+    np.testing.assert_array_equal(fast.certified, slow.certified)
+    assert fast.texts == slow.texts
+
+
+@pytest.mark.parametrize("style", ["chat", "inline"])
+def test_scores_equal_the_reference(make_scorer, style):
+    slow = make_scorer(scorer="reference", prompt_style=style)
+    queries, pointers = random_prompts(slow, 12, seed=3)
+    fast = make_scorer(prompt_style=style)
+    assert_scores_agree(fast.score(queries, pointers), slow.score(queries, pointers))
+
+
+def test_evictions_and_small_batches_change_nothing(make_scorer):
+    slow = make_scorer(scorer="reference")
+    queries, pointers = random_prompts(slow, 8, seed=4)
+    tight = make_scorer(cache_mib=0, batch_tokens=64)
+    expected = slow.score(queries, pointers)
+    for _ in range(2):
+        assert_scores_agree(tight.score(queries, pointers), expected)
+    assert tight.cache.evictions > 0
+    assert len(tight.cache) == tight.cache.bytes == 0
+
+
+def test_greedy_answers_equal_the_models_own_generate(make_scorer):
+    slow, fast = make_scorer(scorer="reference"), make_scorer()
+    queries, pointers = random_prompts(slow, 10, seed=5)
+    expected, actual = slow.answer(queries, pointers), fast.answer(queries, pointers)
+    assert actual.texts == expected.texts
+    np.testing.assert_allclose(actual.confidence, expected.confidence, atol=1e-5)
+    for row, query in enumerate(queries):
+        truth = slow.dataset.example("query", int(query)).answers
+        assert actual.accuracy[row] == pytest.approx(accuracy_normalized(actual.texts[row], truth))
+
+
+def test_certificates_are_never_wrong(make_scorer):
+    scorer = make_scorer()
+    queries, pointers = random_prompts(scorer, 300, seed=6, most_shots=3)
+    scores, answers = scorer.score(queries, pointers), scorer.answer(queries, pointers)
+    certified = scores.certified >= 0
+    assert 0.05 < certified.mean() < 1
+    for row in np.flatnonzero(certified):
+        assert scores.texts[row] == answers.texts[row]
+        for name in ("accuracy", "accuracy_official", "similarity", "confidence"):
+            ours, theirs = getattr(scores, name)[row], getattr(answers, name)[row]
+            assert ours == pytest.approx(theirs, abs=1e-4), name
+    # Where a right answer is given and nothing is certified, the lead must be small or the form
+    # one that no ground truth has.
+    assert np.isnan(scores.accuracy[~certified]).all()
+
+
+def test_results_do_not_depend_on_the_batch(make_scorer):
+    scorer = make_scorer()
+    queries, pointers = random_prompts(scorer, 20, seed=7)
+    together = scorer.score(queries, pointers)
+    order = np.random.default_rng(0).permutation(20)
+    shuffled = scorer.score(queries[order], pointers[order])
+    np.testing.assert_allclose(shuffled.gt_prob, together.gt_prob[order], atol=1e-6)
+
+
+def test_probabilities_are_of_disjoint_events(make_scorer):
+    scorer = make_scorer()
+    queries, pointers = random_prompts(scorer, 60, seed=8)
+    scores = scorer.score(queries, pointers)
+    total = np.exp(scores.answer_log_probs.astype(np.float64)).sum(1)
+    assert (total <= 1 + 1e-5).all()
+    assert ((scores.gt_prob >= 0) & (scores.gt_prob <= 1)).all()
+
+
+def test_mean_token_is_the_geometric_mean():
+    scores = BranchScores.from_tokens([(np.log([0.5, 0.25]), np.array([1.0, -2.0]))])
+    assert scores.log_probs[0] == pytest.approx(np.log(0.125))
+    assert scores.mean_log_probs[0] == pytest.approx(0.5 * np.log(0.125))
+    assert scores.margins[0] == -2.0
+
+
+def test_a_bad_prompt_fails_alone(make_scorer):
+    scorer = make_scorer()
+    good = scorer.dataset.eval[0].id
+    demo = scorer.dataset.bank[0].id
+    queries = np.array([good, good, 999, good])
+    pointers = np.array([[demo, -1], [123_456, -1], [demo, -1], [-1, -1]])
+    scores = scorer.score(queries, pointers)
+    assert sorted(scores.reasons) == [1, 2]
+    assert "123456" in scores.reasons[1]
+    assert "999" in scores.reasons[2]
+    assert np.isnan(scores.gt_prob[[1, 2]]).all()
+    assert np.isfinite(scores.gt_prob[[0, 3]]).all()
+    answers = scorer.answer(queries, pointers)
+    assert sorted(answers.reasons) == [1, 2]
+
+
+def test_a_prompt_longer_than_the_context_is_refused(make_scorer):
+    scorer = make_scorer()
+    config = scorer.model.config.text_config
+    limit, config.max_position_embeddings = config.max_position_embeddings, 60
+    try:
+        demo = scorer.dataset.bank[0].id
+        query = scorer.dataset.eval[0].id
+        scores = scorer.score(np.array([query] * 2), np.array([[demo, demo], [-1, -1]]))
+    finally:
+        config.max_position_embeddings = limit
+    assert list(scores.reasons) == [0]
+    assert "context is 60" in scores.reasons[0]
+
+
+def test_an_unreadable_image_fails_its_prompts_only(make_scorer):
+    scorer = make_scorer(scorer="trie", batch_tokens=2048)
+    bad = scorer.dataset.bank[7]
+    load = scorer.factory.vision._load
+
+    def broken(key):
+        if key == bad.image:
+            raise OSError("image file is truncated")
+        return load(key)
+
+    scorer.factory.vision._load = broken
+    query = scorer.dataset.eval[1].id
+    other = scorer.dataset.bank[8].id
+    scores = scorer.score(np.array([query, query]), np.array([[bad.id], [other]]))
+    assert scores.reasons == {0: f"image {bad.image}: image file is truncated"}
+    with pytest.raises(InputError, match="truncated; mend the file or leave it out"):
+        scorer.embed("bank", np.array([bad.id]))
+
+
+def test_embeddings_tell_colour_digit_and_language(make_scorer):
+    # A linear probe: ridge regression to one-hot classes, fitted on half, tested on the rest.
+    scorer = make_scorer()
+    bank = scorer.dataset.bank
+    embeddings = scorer.embed("bank", np.array([example.id for example in bank]))
+    assert embeddings.shape == (len(bank), scorer.embedding_dim)
+    pictures = np.stack([np.asarray(scorer.dataset.load_image(e.image)) for e in bank])
+    border = pictures[:, 0, 0].astype(float)
+    colour = np.unique(
+        np.round(border / np.linalg.norm(border, axis=1, keepdims=True), 1),
+        axis=0,
+        return_inverse=True,
+    )[1]
+    bright = (border.sum(1) > 450).astype(int)
+    colour = np.unique(np.stack([colour, bright], 1), axis=0, return_inverse=True)[1]
+    columns = scorer.parts
+    for part, label, least in [
+        ("image", colour, 0.9),
+        ("answer", np.array([e.answer for e in bank]), 0.9),
+        ("question", np.array([e.question for e in bank]), 1.0),
+    ]:
+        low, high = columns[part]
+        assert probe(embeddings[:, low:high], label) >= least, part
+    queries = scorer.embed("query", np.array([example.id for example in scorer.dataset.eval]))
+    low, high = columns["answer"]
+    assert not queries[:, low:high].any()
+
+
+def probe(features, labels):
+    """Share of the second half that a ridge classifier fitted on the first half gets right."""
+    classes, target = np.unique(labels, return_inverse=True)
+    features = (features - features.mean(0)) / (features.std(0) + 1e-6)
+    features = np.concatenate([features, np.ones((len(features), 1))], 1)
+    half = len(features) // 2
+    train, test = features[:half], features[half:]
+    gram = train.T @ train + 1.0 * np.eye(train.shape[1])
+    weights = np.linalg.solve(gram, train.T @ np.eye(len(classes))[target[:half]])
+    known = np.isin(target[half:], target[:half])
+    return float(((test @ weights).argmax(1) == target[half:])[known].mean())
