@@ -1,4 +1,4 @@
-"""Small policies that can be enumerated, and the enumeration, which shares no code with lever_jax."""
+"""A policy small enough to be enumerated; the enumeration shares no code with lever_jax."""
 
 import itertools
 import math
