@@ -1,6 +1,7 @@
 """Progress bars with rate and time left, and the lines between them."""
 
 import contextlib
+import sys
 import time
 
 from rich.console import Console
@@ -14,7 +15,8 @@ from rich.progress import (
 )
 from rich.text import Text
 
-CONSOLE = Console(highlight=False, soft_wrap=True)
+# A log is as wide as the tables need; a terminal is as wide as it is.
+CONSOLE = Console(highlight=False, width=None if sys.stdout.isatty() else 120)
 _started = time.monotonic()
 
 
@@ -48,7 +50,7 @@ def bar(label: str, total: int):
     if not live:
         seconds = time.monotonic() - start
         rate = total / max(seconds, 1e-9)
-        CONSOLE.print(f"  {label}: {total:,} in {seconds:.1f} s ({rate:,.0f}/s)")
+        note(f"{label}: {total:,} in {seconds:.1f} s ({rate:,.0f}/s)")
 
 
 def stage(title: str) -> None:
@@ -59,4 +61,4 @@ def stage(title: str) -> None:
 
 def note(text: str) -> None:
     """Prints one line of the story."""
-    CONSOLE.print(f"  {text}", markup=False)
+    CONSOLE.print(f"  {text}", markup=False, soft_wrap=True)

@@ -82,7 +82,7 @@ WARMUP = flags.DEFINE_enum(
 WARMUP_QUERIES = flags.DEFINE_integer("warmup_queries", 150, "Training queries that are searched.")
 WARMUP_BEAM = flags.DEFINE_integer("warmup_beam", 6, "Pointers kept at each level of the search.")
 WARMUP_TARGETS = flags.DEFINE_integer("warmup_targets", 4, "Best pointers a query to imitate.")
-WARMUP_EPOCHS = flags.DEFINE_integer("warmup_epochs", 30, "Passes over the searched queries.")
+WARMUP_EPOCHS = flags.DEFINE_integer("warmup_epochs", 15, "Passes over the searched queries.")
 PROPOSALS = flags.DEFINE_integer("proposals", 64, "Pointers scored a query in stage A.")
 QUOTAS = flags.DEFINE_list(
     "quotas",
@@ -113,12 +113,12 @@ FORCE_GRPO = flags.DEFINE_bool("force_grpo", False, "Start GRPO whatever the hea
 
 # --- RCE and GRPO -----------------------------------------------------------------------------
 RCE_EPOCHS = flags.DEFINE_integer("rce_epochs", 20, "Passes of RCE over the mined groups.")
-GRPO_EPOCHS = flags.DEFINE_integer("grpo_epochs", 3, "Passes of GRPO over the training queries.")
+GRPO_EPOCHS = flags.DEFINE_integer("grpo_epochs", 5, "Passes of GRPO over the training queries.")
 GRPO_UPDATES = flags.DEFINE_integer("grpo_updates", 2, "Passes over the groups of a round.")
 GRPO_QUERIES = flags.DEFINE_integer("grpo_queries", 200, "Queries of an on-policy round.")
 GROUP_SIZE = flags.DEFINE_integer("group_size", 8, "G, pointers drawn a query in GRPO.")
 BATCH_QUERIES = flags.DEFINE_integer("batch_queries", 50, "Query groups of an optimiser step.")
-WARMUP_RATE = flags.DEFINE_float("warmup_learning_rate", 2e-3, "AdamW's peak rate in warm-up.")
+WARMUP_RATE = flags.DEFINE_float("warmup_learning_rate", 1e-3, "AdamW's peak rate in warm-up.")
 RCE_RATE = flags.DEFINE_float("rce_learning_rate", 1e-3, "AdamW's peak rate in RCE.")
 GRPO_RATE = flags.DEFINE_float("grpo_learning_rate", 3e-4, "AdamW's peak rate in GRPO.")
 TAU = flags.DEFINE_float("tau", 1.0, "Temperature of RCE's softmax over rewards, > 0.")

@@ -27,7 +27,8 @@ def print_health(health: dict[str, Any]) -> None:
     """Prints the health figures with their intervals, and the verdict."""
     table = Table(title="health of the mined data", title_justify="left")
     for column in ("figure", "value", "95% interval"):
-        table.add_column(column, justify="left" if column == "figure" else "right")
+        side = "left" if column == "figure" else "right"
+        table.add_column(column, justify=side, no_wrap=True)
     for name in SHOWN:
         table.add_row(name, number(health[name]), interval(health["ci95"].get(name)))
     spread = health["positives_per_query"]
@@ -43,7 +44,7 @@ def print_evaluation(result: dict[str, Any]) -> None:
     """Prints accuracy with n and interval by method and shots, then the paired differences."""
     title = f"VQA accuracy ({result['metric']}), n = {result['n']} evaluation queries"
     table = Table(title=title, title_justify="left")
-    table.add_column("method")
+    table.add_column("method", no_wrap=True)
     for shots in result["shots"]:
         table.add_column(f"{shots} shot{'s' if shots != '1' else ''}", justify="right")
         table.add_column("95% interval", justify="right")
@@ -60,7 +61,8 @@ def print_evaluation(result: dict[str, Any]) -> None:
     CONSOLE.print(table)
     table = Table(title="paired differences on the same queries", title_justify="left")
     for column in ("a - b", "shots", "difference", "95% interval", "n"):
-        table.add_column(column, justify="left" if column == "a - b" else "right")
+        side = "left" if column == "a - b" else "right"
+        table.add_column(column, justify=side, no_wrap=True)
     for row in result["paired"]:
         table.add_row(
             f"{row['a']} - {row['b']}",

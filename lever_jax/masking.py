@@ -71,18 +71,12 @@ def masked_top_k(
     return jnp.where(found, values, MASKED), jnp.where(found, indices, 0), found
 
 
-def gumbel(key: jax.Array, size: int) -> jax.Array:
-    """Standard Gumbel noise [size]; the first entries do not depend on the size.
+def gumbel(key: jax.Array, rows: int, size: int) -> jax.Array:
+    """Standard Gumbel noise [rows, size], whose first columns do not depend on the size.
 
     So padding a pool changes no draw.
     """
-    return jax.random.gumbel(key, (size,))
-
-
-def masked_draw(key: jax.Array, log_probs: jax.Array) -> jax.Array:
-    """One action from log-probabilities [K]; never a masked one, unless all are."""
-    noise = gumbel(key, log_probs.shape[-1])
-    return jnp.argmax(log_probs + noise).astype(jnp.int32)
+    return jax.random.gumbel(key, (size, rows)).T
 
 
 def remove(mask: jax.Array, action: jax.Array) -> jax.Array:

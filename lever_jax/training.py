@@ -158,7 +158,7 @@ def make_step(kind: str, policy: Policy, optimizer, config: LossConfig):
         grads, metrics = jax.grad(loss_fn, has_aux=True)(state.params, reference, table, batch)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
-        metrics["grad_norm"] = optax.global_norm(grads)
+        metrics["grad_norm"] = optax.tree.norm(grads)
         return TrainState(params, opt_state, state.step + 1), metrics
 
     return step

@@ -5,6 +5,7 @@ import hashlib
 import pathlib
 
 import torch
+from safetensors import SafetensorError
 from transformers import AutoTokenizer, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 from transformers.models.qwen2_vl import Qwen2VLImageProcessorPil
 
@@ -90,7 +91,7 @@ def load_model(
             local_files_only=True,
             **{name: value for name, value in sizes.items() if value is not None},
         )
-    except (OSError, ValueError, RuntimeError, KeyError) as error:
+    except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
         line = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
         raise InputError(f"--model={path} cannot be loaded: {line}") from error
     wrong = sorted(report["missing_keys"]) + sorted(report["mismatched_keys"])

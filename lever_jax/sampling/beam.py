@@ -40,7 +40,7 @@ def beam_search(
         mask,
         width=num,
         shots=shots,
-        score=lambda key, log_probs, parent: log_probs,
+        score=lambda key, log_probs, scores: log_probs,
         root_score=jnp.zeros(()),
     )
     return as_rollouts(found.pointers, found.log_probs, source_index("beam"), found.mask)

@@ -61,8 +61,8 @@ def search(
       mask: [K] bool, which candidates there are.
       width: W, how many prefixes are kept.
       shots: S.
-      score: (key, log_probs [K] of a prefix's continuations, the prefix's own score) -> their
-        scores [K].
+      score: (key, log_probs [n, K] of the continuations of n prefixes, scores [n] of these) ->
+        scores [n, K] of the continuations.
       root_score: score of the empty prefix.
 
     Returns:
@@ -74,8 +74,7 @@ def search(
         step = jax.vmap(step_log_probs, in_axes=(None, None, None, 0, 0))
         log_probs = step(policy, params, encoding, beams.state, beams.available)
         log_probs = beams.log_probs[:, None] + log_probs  # [n, K]
-        keys = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, jnp.arange(len(beams.scores)))
-        scores = jax.vmap(score)(keys, log_probs, beams.scores)
+        scores = score(key, log_probs, beams.scores)
         possible = beams.mask[:, None] & beams.available
         scores, best, found = masked_top_k(scores.reshape(-1), possible.reshape(-1), width)
         parent, action = best // size, (best % size).astype(jnp.int32)

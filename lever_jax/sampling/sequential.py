@@ -9,7 +9,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from lever_jax.masking import masked_draw, remove
+from lever_jax.masking import gumbel, remove
 from lever_jax.policy import Encoding, Params, Policy
 from lever_jax.sampling.rollouts import as_rollouts
 from lever_jax.types import Rollouts
@@ -46,25 +46,26 @@ def draw_sequentially(
       Rollouts [num]; log_probs are the behaviour's.
     """
 
-    def pick(key, state, available):
+    def pick(noise, state, available):
         log_probs = behaviour(policy.logits(params, encoding, state), available)
-        action = masked_draw(key, log_probs)
+        # Never a masked one while another is left: no noise is as large as `MASKED` is low.
+        action = jnp.argmax(log_probs + noise).astype(jnp.int32)
         return action, log_probs[action]
 
     def one_pointer(key):
-        keys = jax.random.split(key, shots)
+        noise = gumbel(key, shots, mask.shape[0])
 
-        def step(carry, key):
+        def step(carry, noise):
             state, available, previous = carry
             state = policy.update(params, encoding, state, previous)
             available = remove(available, previous)
-            action, log_prob = pick(key, state, available)
+            action, log_prob = pick(noise, state, available)
             return (state, available, action), (action, log_prob)
 
         # The first pick stands outside the scan: under vmap its logits are computed once for all.
         state = policy.start(params, encoding)
-        action, log_prob = pick(keys[0], state, mask)
-        _, (actions, log_probs) = jax.lax.scan(step, (state, mask, action), keys[1:])
+        action, log_prob = pick(noise[0], state, mask)
+        _, (actions, log_probs) = jax.lax.scan(step, (state, mask, action), noise[1:])
         return jnp.append(action, actions), log_prob + jnp.sum(log_probs)
 
     keys = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, jnp.arange(num))

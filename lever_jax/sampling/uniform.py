@@ -21,17 +21,15 @@ def sample_uniform(key: jax.Array, mask: jax.Array, *, num: int, shots: int) -> 
       Rollouts [num]; log_probs are -log(n (n-1) ... (n-S+1)) for n candidates.
     """
 
-    def one_pointer(key):
-        def step(available, key):
-            left = jnp.sum(available)
-            action = _nth(available, jax.random.randint(key, (), 0, jnp.maximum(left, 1)))
+    def one_pointer(fractions):
+        def step(available, fraction):
+            action = _nth(available, _part(fraction, jnp.sum(available)))
             return remove(available, action), action
 
-        _, actions = jax.lax.scan(step, mask, jax.random.split(key, shots))
-        return actions
+        return jax.lax.scan(step, mask, fractions)[1]
 
-    keys = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, jnp.arange(num))
-    return _as_uniform(jax.vmap(one_pointer)(keys), mask, jnp.sum(mask) >= shots)
+    pointers = jax.vmap(one_pointer)(jax.random.uniform(key, (num, shots)))
+    return _as_uniform(pointers, mask, jnp.sum(mask) >= shots)
 
 
 def sample_uniform_distinct(key: jax.Array, mask: jax.Array, *, num: int, shots: int) -> Rollouts:
@@ -43,7 +41,7 @@ def sample_uniform_distinct(key: jax.Array, mask: jax.Array, *, num: int, shots:
     without comparing any, and every pointer comes exactly once if there are no more than `num`.
 
     Args:
-      key: of this query.
+      key: of this query. Row i depends on the key and i alone, so more draws only append.
       mask: [K] bool, which candidates there are.
       num: G, how many pointers.
       shots: S.
@@ -51,23 +49,30 @@ def sample_uniform_distinct(key: jax.Array, mask: jax.Array, *, num: int, shots:
     Returns:
       Rollouts [num], as `sample_uniform`; the mask is false on the rows past the last pointer.
     """
+    fractions = jax.random.uniform(key, (num, shots))
 
     def one_pointer(number):
-        def step(carry, _):
-            available, number, key = carry
+        def step(carry, fractions):
+            # `prefix` numbers the picks so far: `number` modulo the product of the bases so far.
+            available, rest, base = carry
+            prefix = number % base
             left = jnp.maximum(jnp.sum(available), 1)
-            key, shift_key = jax.random.split(key)
-            position = number % left
-            shift = jax.random.randint(shift_key, (), 0, left)
-            action = _nth(available, (position + shift) % left)
-            key = jax.random.fold_in(key, position)
-            return (remove(available, action), number // left, key), action
+            action = _nth(available, (rest + _part(fractions[prefix], left)) % left)
+            # A base beyond `num` changes no remainder; stopping there avoids overflow.
+            base = jnp.minimum(base * left, num)
+            return (remove(available, action), rest // left, base), action
 
-        (_, beyond, _), actions = jax.lax.scan(step, (mask, number, key), length=shots)
+        start = (mask, number, jnp.int32(1))
+        (_, beyond, _), actions = jax.lax.scan(step, start, fractions.T)
         return actions, beyond == 0
 
     pointers, exists = jax.vmap(one_pointer)(jnp.arange(num, dtype=jnp.int32))
     return _as_uniform(pointers, mask, exists & (jnp.sum(mask) >= shots))
+
+
+def _part(fraction: jax.Array, count: jax.Array) -> jax.Array:
+    """A fraction in [0, 1) of a count, as a whole number in [0, count)."""
+    return jnp.minimum((fraction * count).astype(jnp.int32), jnp.maximum(count, 1) - 1)
 
 
 def _nth(available: jax.Array, n: jax.Array) -> jax.Array:

@@ -71,7 +71,7 @@ def stochastic_beam_search(
         width=num + 1,
         shots=shots,
         score=_perturb,
-        root_score=gumbel(root_key, 1)[0],
+        root_score=gumbel(root_key, 1, 1)[0, 0],
     )
     rollouts = as_rollouts(found.pointers, found.log_probs, source_index("sbs"), found.mask)
     return StochasticBeam(
@@ -98,14 +98,15 @@ def inclusion_log_probs(log_probs: jax.Array, threshold: jax.Array) -> jax.Array
     return jnp.where(gap < -15.0, gap, inclusion)
 
 
-def _perturb(key: jax.Array, log_probs: jax.Array, parent: jax.Array) -> jax.Array:
-    """Gumbels around log_probs [K], given that their maximum is `parent`."""
-    noisy = jnp.where(is_masked(log_probs), -jnp.inf, log_probs + gumbel(key, log_probs.shape[0]))
-    largest = jnp.max(noisy)
-    largest = jnp.where(jnp.isfinite(largest), largest, 0.0)
-    # -log(exp(-parent) - exp(-largest) + exp(-noisy)), as appendix B.3 of the paper has it.
-    v = parent - noisy + _log1mexp(largest - noisy)
-    return parent - jnp.maximum(v, 0.0) - jnp.log1p(jnp.exp(-jnp.abs(v)))
+def _perturb(key: jax.Array, log_probs: jax.Array, largest: jax.Array) -> jax.Array:
+    """Gumbels around log_probs [n, K], given that the maximum of each row is `largest` [n]."""
+    noisy = jnp.where(is_masked(log_probs), -jnp.inf, log_probs + gumbel(key, *log_probs.shape))
+    highest = jnp.max(noisy, axis=-1, keepdims=True)
+    highest = jnp.where(jnp.isfinite(highest), highest, 0.0)
+    # -log(exp(-largest) - exp(-highest) + exp(-noisy)), as appendix B.3 of the paper has it.
+    largest = largest[:, None]
+    v = largest - noisy + _log1mexp(highest - noisy)
+    return largest - jnp.maximum(v, 0.0) - jnp.log1p(jnp.exp(-jnp.abs(v)))
 
 
 def _log1mexp(x: jax.Array) -> jax.Array:

@@ -15,7 +15,7 @@ def worth(query, pointer):
     values = [(int(i) * 7 + int(query)) % 10 / 10 for i in pointer if i >= 0]
     if not values:
         return 0.05
-    return float(np.mean([*values, values[-1]]))
+    return round(float(np.mean([*values, values[-1]])), 6)
 
 
 class FakeEnvironment:

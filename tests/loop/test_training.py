@@ -1,5 +1,7 @@
 """The jitted steps: they learn, they ignore padding, and the policy that sampled is trained."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -31,32 +33,39 @@ def random_groups(world, seed=0, count=12, group=6, shots=2):
 
 
 def with_behaviour(world, params, groups):
-    query, pool = world.queries.table.read(groups.query_rows)
-    log_probs, _ = jax.vmap(lambda q, p, x: log_probs_of(world.policy, params, q, p, x))(
-        query, pool, groups.pointers
-    )
+    log_probs = log_probs_of_groups(world.policy, params, world.queries.table, groups)
     return groups._replace(behaviour_log_probs=np.asarray(log_probs))
 
 
-@pytest.mark.parametrize("kind", ["supervised", "rce", "grpo"])
-def test_a_step_moves_probability_to_what_is_rewarded(make_world, kind):
+@functools.partial(jax.jit, static_argnums=0)
+def log_probs_of_groups(policy, params, table, groups):
+    query, pool = table.read(groups.query_rows)
+    return jax.vmap(lambda q, p, x: log_probs_of(policy, params, q, p, x)[0])(
+        query, pool, groups.pointers
+    )
+
+
+@pytest.mark.parametrize(("kind", "least"), [("supervised", 0.5), ("rce", 0.5), ("grpo", 0.1)])
+def test_steps_move_probability_to_what_is_rewarded(make_world, kind, least):
     world = make_world()
-    groups = random_groups(world)
+    groups = with_behaviour(world, world.params, random_groups(world))
+    before = groups.behaviour_log_probs
     if kind == "supervised":
         groups = groups._replace(rewards=np.exp(groups.rewards))
     optimizer = make_optimizer(3e-3, steps=60)
     step = make_step(kind, world.policy, optimizer, LossConfig(kl_coef=0.0))
     state = init_state(world.params, optimizer)
     for _ in range(60):
-        groups = with_behaviour(world, state.params, groups)
         state, metrics = step(state, world.params, world.queries.table, groups)
     assert int(state.step) == 60
-    before = with_behaviour(world, world.params, groups).behaviour_log_probs
-    after = with_behaviour(world, state.params, groups).behaviour_log_probs
+    gain = with_behaviour(world, state.params, groups).behaviour_log_probs - before
+    every = np.arange(len(gain))
     best = np.where(groups.mask, groups.rewards, -np.inf).argmax(1)
-    gain = (after - before)[np.arange(len(best)), best]
-    assert gain.mean() > 0.5
-    assert all(np.isfinite(float(value)) for value in metrics.values())
+    worst = np.where(groups.mask, groups.rewards, np.inf).argmin(1)
+    assert gain[every, best].mean() > least
+    assert gain[every, worst].mean() < gain[every, best].mean() - least
+    if kind == "grpo":
+        assert float(metrics["clip_share"]) > 0  # what moved far enough moves no further
 
 
 def test_padding_changes_nothing(make_world):
@@ -77,7 +86,9 @@ def test_padding_changes_nothing(make_world):
             results.append((state.params, metrics))
         (params, metrics), (padded_params, padded_metrics) = results
         for a, b in zip(jax.tree.leaves(params), jax.tree.leaves(padded_params)):
-            np.testing.assert_allclose(a, b, atol=1e-6)
+            # A first step of Adam moves every weight by 1e-4, whatever its gradient; those whose
+            # gradient is only rounding may move otherwise.
+            np.testing.assert_allclose(a, b, atol=1e-5)
         assert metrics["groups"] == padded_metrics["groups"] == 12
         assert float(metrics["loss"]) == pytest.approx(float(padded_metrics["loss"]), abs=1e-5)
 

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from lever_jax.policy import Policy
+from lever_jax.selector import SelectorConfig, make_selector
 from lever_jax.types import CandidatePool
 
 
@@ -51,12 +52,12 @@ class Table:
         return probabilities
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def table():
     return Table
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def batch():
     """A batch [B, ...] of 4 queries with K = 6, each with another mask, the last one short of S."""
     keys = jax.random.split(jax.random.key(7), 2)
@@ -66,7 +67,17 @@ def batch():
     return queries, CandidatePool(jax.random.normal(keys[1], (4, 6, 12)), mask)
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def parts():
     """Column ranges of the embeddings of `batch`."""
     return {"image": (0, 4), "question": (4, 8), "answer": (8, 12)}
+
+
+@pytest.fixture(scope="session")
+def selector(parts):
+    """A small selector and parameters for `batch`; its opinions are strong, so mistakes show."""
+    init, policy = make_selector(SelectorConfig(width=16, heads=2), parts, 12)
+    params = jax.jit(init)(jax.random.key(0))
+    rng = np.random.default_rng(1)
+    noisy = lambda x: x + 0.3 * rng.normal(size=x.shape).astype(np.float32)  # noqa: E731
+    return policy, jax.tree.map(noisy, params)

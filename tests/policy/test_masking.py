@@ -83,17 +83,7 @@ def test_top_k_of_rows_with_different_masks():
 
 def test_noise_does_not_depend_on_the_padding():
     key = jax.random.key(3)
-    np.testing.assert_array_equal(masking.gumbel(key, 5), masking.gumbel(key, 11)[:5])
-
-
-def test_draws_are_never_masked():
-    log_probs = masking.masked_log_softmax(
-        jnp.array([-50.0, 80.0, -50.0]), jnp.array([True, False, True])
-    )
-    actions = jax.vmap(masking.masked_draw, in_axes=(0, None))(
-        jax.random.split(jax.random.key(0), 2000), log_probs
-    )
-    assert set(np.asarray(actions).tolist()) == {0, 2}
+    np.testing.assert_array_equal(masking.gumbel(key, 3, 5), masking.gumbel(key, 3, 11)[:, :5])
 
 
 def test_remove():

@@ -10,25 +10,15 @@ from lever_jax.errors import InputError
 from lever_jax.masking import MASKED, masked_log_softmax
 from lever_jax.policy import pointer_log_probs, sequence_log_probs
 from lever_jax.sampling import sample_temperature
-from lever_jax.selector import SelectorConfig, make_selector
 from lever_jax.types import CandidatePool
 
 PAIRS = np.array(list(itertools.permutations(range(6), 2)), np.int32)
 
 
-@pytest.fixture
-def selector(parts):
-    init, policy = make_selector(SelectorConfig(width=16, heads=2), parts, 12)
-    noise = jax.random.key(1)
-    # Far from the near-uniform start, so that mistakes show.
-    params = jax.tree.map(
-        lambda x: x + 0.3 * jax.random.normal(noise, x.shape), init(jax.random.key(0))
-    )
-    return policy, params
-
-
-def all_pairs(policy):
-    """log pi of every pair, for a batch of queries."""
+@pytest.fixture(scope="module")
+def read(selector):
+    """log pi [B, 30] of every pair, and the distributions, for a batch of queries."""
+    policy, _ = selector
 
     @jax.jit
     def read(params, queries, pools):
@@ -66,10 +56,10 @@ def test_agrees_with_enumeration_for_many_shots(table):
     np.testing.assert_allclose(picked.sum(-1), log_probs, rtol=1e-6)
 
 
-def test_all_pointers_of_a_query_sum_to_one_under_every_mask(selector, batch):
-    policy, params = selector
+def test_all_pointers_of_a_query_sum_to_one_under_every_mask(selector, read, batch):
+    _, params = selector
     queries, pools = batch
-    log_probs, _ = all_pairs(policy)(params, queries, pools)
+    log_probs, _ = read(params, queries, pools)
     np.testing.assert_allclose(jnp.exp(log_probs).sum(-1)[:3], 1.0, rtol=1e-5)
     np.testing.assert_array_equal(log_probs[3], MASKED)  # one candidate, two shots
     for row in range(4):
@@ -77,22 +67,20 @@ def test_all_pointers_of_a_query_sum_to_one_under_every_mask(selector, batch):
         np.testing.assert_array_equal(log_probs[row] > MASKED / 2, allowed)
 
 
-def test_queries_of_a_batch_do_not_leak_into_each_other(selector, batch):
-    policy, params = selector
+def test_queries_of_a_batch_do_not_leak_into_each_other(selector, read, batch):
+    _, params = selector
     queries, pools = batch
-    read = all_pairs(policy)
     together, _ = read(params, queries, pools)
     others = jax.tree.map(lambda x: x[jnp.array([0, 3, 3, 2])], (queries, pools))
     changed, _ = read(params, *others)
     np.testing.assert_array_equal(together[0], changed[0])
 
 
-def test_permuting_the_pool_permutes_the_pointers(selector, batch):
-    policy, params = selector
+def test_permuting_the_pool_permutes_the_pointers(selector, read, batch):
+    _, params = selector
     queries, pools = batch
     order = np.array([3, 0, 5, 1, 4, 2])
     moved = CandidatePool(pools.embeddings[:, order], pools.mask[:, order])
-    read = all_pairs(policy)
     before, _ = read(params, queries, pools)
     after, _ = read(params, queries, moved)
     position = {tuple(pair): i for i, pair in enumerate(PAIRS.tolist())}
@@ -101,14 +89,13 @@ def test_permuting_the_pool_permutes_the_pointers(selector, batch):
 
 
 @pytest.mark.parametrize("garbage", [0.0, 1e4, np.nan])
-def test_padding_changes_nothing(selector, batch, garbage):
-    policy, params = selector
+def test_padding_changes_nothing(selector, read, batch, garbage):
+    _, params = selector
     queries, pools = batch
     padded = CandidatePool(
         jnp.pad(pools.embeddings, ((0, 0), (0, 3), (0, 0)), constant_values=garbage),
         jnp.pad(pools.mask, ((0, 0), (0, 3))),
     )
-    read = all_pairs(policy)
     before, _ = read(params, queries, pools)
     after, _ = read(params, queries, padded)
     np.testing.assert_allclose(before, after, atol=2e-5)
@@ -116,15 +103,18 @@ def test_padding_changes_nothing(selector, batch, garbage):
 
 def test_pointers_that_cannot_be_drawn(selector, batch):
     policy, params = selector
-    queries, pools = batch
-    query, pool = jax.tree.map(lambda x: x[1], (queries, pools))  # candidates 0, 2, 3, 5
+    query, pool = jax.tree.map(lambda x: x[1], batch)  # candidates 0, 2, 3, 5
     pointers = jnp.array([[0, 2], [0, 0], [0, 1], [1, 0], [0, 6], [-1, -1], [0, -1]])
 
-    def total(params):
-        log_probs, steps = sequence_log_probs(policy, params, query, pool, pointers)
-        return jnp.sum(log_probs[1:]), (log_probs, steps)
+    @jax.jit
+    def read(params):
+        def total(params):
+            log_probs, steps = sequence_log_probs(policy, params, query, pool, pointers)
+            return jnp.sum(log_probs[1:]), (log_probs, steps)
 
-    gradient, (log_probs, steps) = jax.grad(total, has_aux=True)(params)
+        return jax.grad(total, has_aux=True)(params)
+
+    gradient, (log_probs, steps) = read(params)
     assert log_probs[0] > -20.0
     np.testing.assert_array_equal(log_probs[1:], MASKED)
     assert jnp.all(jnp.isfinite(steps))
@@ -132,39 +122,35 @@ def test_pointers_that_cannot_be_drawn(selector, batch):
         np.testing.assert_array_equal(leaf, 0.0)
 
 
-def test_gradient_is_finite_for_every_mask(selector, batch):
-    policy, params = selector
-    queries, pools = batch
+def test_gradient_is_finite_for_every_mask(selector, read, batch):
+    _, params = selector
 
     def total(params):
-        log_probs, steps = all_pairs(policy)(params, queries, pools)
+        log_probs, steps = read(params, *batch)
         entropy = -jnp.sum(jnp.exp(steps) * steps)
         return entropy + jnp.sum(jnp.where(log_probs > MASKED / 2, log_probs, 0.0))
 
-    for leaf in jax.tree.leaves(jax.grad(total)(params)):
+    for leaf in jax.tree.leaves(jax.jit(jax.grad(total))(params)):
         assert jnp.all(jnp.isfinite(leaf))
 
 
 def test_behaviour_log_probs_are_those_the_loss_computes(selector, batch):
     policy, params = selector
-    queries, pools = batch
 
     @jax.jit
-    def draw(keys):
-        def one(key, query, pool):
-            encoding = policy.encode(params, query, pool)
-            return sample_temperature(policy, params, key, encoding, pool.mask, num=32, shots=3)
-
-        return jax.vmap(one)(keys, queries, pools)
+    @jax.vmap
+    def draw(key, query, pool):
+        encoding = policy.encode(params, query, pool)
+        return sample_temperature(policy, params, key, encoding, pool.mask, num=32, shots=3)
 
     @jax.jit
-    def recompute(pointers):
-        one = lambda *args: sequence_log_probs(policy, params, *args)[0]  # noqa: E731
-        return jax.vmap(one)(queries, pools, pointers)
+    @jax.vmap
+    def recompute(query, pool, pointers):
+        return sequence_log_probs(policy, params, query, pool, pointers)[0]
 
-    rollouts = draw(jax.random.split(jax.random.key(5), 4))
+    rollouts = draw(jax.random.split(jax.random.key(5), 4), *batch)
     np.testing.assert_array_equal(rollouts.mask.all(-1), [True, True, True, False])
-    np.testing.assert_allclose(recompute(rollouts.pointers), rollouts.log_probs, atol=1e-5)
+    np.testing.assert_allclose(recompute(*batch, rollouts.pointers), rollouts.log_probs, atol=1e-5)
 
 
 def test_one_distribution_a_step(table):

@@ -80,7 +80,7 @@ class World:
 
 def train(seed, world, first, last, queries, pools, *, steps=120, batch=32):
     init, policy = make_selector(SelectorConfig(), PARTS, DIMENSION)
-    params = init(jax.random.key(seed))
+    params = jax.jit(init)(jax.random.key(seed))
     mask = jnp.ones(POOL, bool)
     pointers = world.pointers(first, last)
     optimizer = optax.adamw(optax.cosine_decay_schedule(3e-3, steps))
@@ -147,7 +147,7 @@ def test_learns_that_the_picks_have_different_parts_to_play():
 def test_untrained_is_close_to_uniform_but_not_symmetric():
     queries, pools, _, _ = World(seed=2).queries(16)
     init, policy = make_selector(SelectorConfig(), PARTS, DIMENSION)
-    params = init(jax.random.key(0))
+    params = jax.jit(init)(jax.random.key(0))
     pairs = jnp.array([[0, 1]])
 
     @jax.jit
@@ -163,9 +163,8 @@ def test_untrained_is_close_to_uniform_but_not_symmetric():
     assert jnp.min(jnp.std(steps[:, 0], axis=-1)) > 0.01
 
 
-def test_the_state_remembers_the_picks_and_their_order(batch, parts):
-    init, policy = make_selector(SelectorConfig(width=16, heads=2), parts, 12)
-    params = init(jax.random.key(0))
+def test_the_state_remembers_the_picks_and_their_order(selector, batch):
+    policy, params = selector
     query, pool = jax.tree.map(lambda x: x[0], batch)
     pointers = jnp.array([[0, 1, 2], [1, 0, 2], [3, 1, 2]])
     _, steps = jax.jit(sequence_log_probs, static_argnums=0)(policy, params, query, pool, pointers)
@@ -173,9 +172,8 @@ def test_the_state_remembers_the_picks_and_their_order(batch, parts):
     assert len(np.unique(np.round(np.asarray(odds), 6))) == 3
 
 
-def test_a_query_part_that_is_zero_and_a_pool_of_equals_are_finite(parts):
-    init, policy = make_selector(SelectorConfig(width=16, heads=2), parts, 12)
-    params = init(jax.random.key(0))
+def test_a_query_part_that_is_zero_and_a_pool_of_equals_are_finite(selector):
+    policy, params = selector
     pointers = jnp.array([[0, 1], [1, 0]])
 
     @jax.jit
@@ -190,9 +188,8 @@ def test_a_query_part_that_is_zero_and_a_pool_of_equals_are_finite(parts):
         assert all(jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(gradient))
 
 
-def test_scale_of_a_part_does_not_matter(batch, parts):
-    init, policy = make_selector(SelectorConfig(width=16, heads=2), parts, 12)
-    params = init(jax.random.key(0))
+def test_scale_of_a_part_does_not_matter(selector, batch):
+    policy, params = selector
     query, pool = jax.tree.map(lambda x: x[0], batch)
     pointers = jnp.array([[0, 1], [4, 2]])
     scale = jnp.repeat(jnp.array([100.0, 0.01, 1.0]), 4)

@@ -1,0 +1,112 @@
+"""Pictures of a data set on disk: keys, safe paths inside their folders, and decoding with limits.
+
+Every loader of files uses it, so that a picture is found, refused and decoded in one way whatever
+format its questions came in.
+"""
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+
+from PIL import Image
+
+from qwen_bridge.errors import InputError
+from qwen_bridge.vqa.records import one_line
+
+# Eight 3840 x 2160 frames: far more than a VLM looks at; a larger file is a bomb or a mistake.
+MAX_IMAGE_PIXELS = 8 * 3840 * 2160
+# Pillow would start other programs for some formats (EPS); these it decodes itself.
+_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF")
+
+
+class MissingImageError(InputError):
+    """There is no file under the image's name."""
+
+
+class BrokenImageError(InputError):
+    """The file cannot be decoded as a picture, or is larger than any picture should be."""
+
+
+@dataclass(frozen=True)
+class ImageFolders:
+    """Opens images by key, "FOLDER/FILE", where FOLDER is one of the names in `paths`.
+
+    Keys hold no absolute path, so that a data set can be moved and keep its fingerprint. Where
+    bank and queries share a folder they share its name, so that the same file has the same key.
+
+    Attributes:
+      paths: the folders, by the role "bank" or "query".
+      named_by: what decides a file's name, for messages: a flag or a field.
+    """
+
+    paths: dict[str, Path]
+    named_by: str = "--image_pattern"
+
+    def folder_of(self, role: str) -> str:
+        """The name of the folder that holds the pictures of "bank" or "query"."""
+        return role if role in self.paths else "bank"
+
+    def path(self, key: str) -> Path:
+        """Where the image is, or should be."""
+        folder, _, file = key.partition("/")
+        return self.paths[folder] / file
+
+    @contextlib.contextmanager
+    def open(self, key: str) -> Iterator[Image.Image]:
+        """Opens an image, its header read and its size allowed; what is read of it may follow.
+
+        Raises:
+          MissingImageError: no file.
+          BrokenImageError: not a picture, or too large; also where the caller's reading fails.
+        """
+        path = self.path(key)
+        try:
+            with Image.open(path, formats=_FORMATS) as image:
+                if image.width * image.height > MAX_IMAGE_PIXELS:
+                    raise BrokenImageError(
+                        f"{path}: {image.width} x {image.height} pixels exceed the limit of "
+                        f"{MAX_IMAGE_PIXELS}; scale the image down"
+                    )
+                yield image
+        except BrokenImageError:
+            raise
+        except FileNotFoundError:
+            raise MissingImageError(
+                f"{path}: no such image; check --{key.partition('/')[0]}_images and {self.named_by}"
+            ) from None
+        except Exception as error:  # A broken file can make the decoders raise nearly anything.
+            raise BrokenImageError(
+                f"{path}: cannot be decoded as an image ({one_line(error)}); replace the file "
+                "or remove its questions"
+            ) from error
+
+    def __call__(self, key: str) -> Image.Image:
+        """Decodes an image, in RGB; raises as `open`."""
+        with self.open(key) as image:
+            return image.convert("RGB")
+
+
+def image_folders(
+    bank_images: str | Path, query_images: str | Path, named_by: str = "--image_pattern"
+) -> ImageFolders:
+    """Checks that the two folders exist, and finds out whether they are one.
+
+    Raises:
+      InputError: one is not a folder.
+    """
+    paths = {"bank": Path(bank_images), "query": Path(query_images)}
+    for role, path in paths.items():
+        if not path.is_dir():
+            raise InputError(f"--{role}_images={path} is not a folder; give the images' folder")
+    if paths["bank"].resolve() == paths["query"].resolve():
+        del paths["query"]
+    return ImageFolders(paths, named_by)
+
+
+def path_inside(file: str) -> str | None:
+    """A file's path relative to its image folder, made plain; None where it would leave it."""
+    path = PurePosixPath(file)
+    if path.is_absolute() or ".." in path.parts or not path.parts or "\0" in file:
+        return None
+    return str(path)

@@ -1,0 +1,209 @@
+"""Reads people's own data: one JSON object a line, beside a folder of images.
+
+    {"image": "kitchen/12.jpg", "question": "What is on the stove?", "answers": ["pot", "a pot"]}
+
+`image` is a path inside the image folder; `answers` is a list with one text an annotator, or a
+single text. Optional are `id` (a whole number, or a text), `question_type` and `answer_type`;
+other fields are passed over, and null counts as absent. Files may be gzip. One file becomes the
+bank, another (or the same) the queries. Nothing is guessed: what does not fit is an `InputError`
+that names the file and the line. Images are opened only when asked for.
+"""
+
+import hashlib
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from qwen_bridge.errors import InputError
+from qwen_bridge.vqa.examples import Dataset, Example
+from qwen_bridge.vqa.images import ImageFolders, image_folders, path_inside
+from qwen_bridge.vqa.records import Report, field, label, one_line, open_bytes, stop
+from qwen_bridge.vqa.subsample import check_sizes, subsampled
+
+_BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+
+
+def load_jsonl(
+    bank_jsonl: str | Path,
+    query_jsonl: str | Path,
+    bank_images: str | Path = "",
+    query_images: str | Path = "",
+    *,
+    num_train: int,
+    num_eval: int,
+    seed: int,
+    max_bank: int | None = None,
+    name: str = "jsonl",
+) -> Dataset:
+    """Loads two files; queries and, if asked, the bank are sub-sampled by seed.
+
+    See `subsampled` for what is drawn and what the fingerprint covers. An example without `id`
+    gets a hash of its image's path, question and answers, so that ids do not depend on the order
+    of the lines and an example that changes becomes another.
+
+    Args:
+      bank_jsonl: demonstrations.
+      query_jsonl: queries.
+      bank_images: folder of the bank's images; the folder of `bank_jsonl` if empty.
+      query_images: likewise.
+      num_train: how many queries to train on, at least 0.
+      num_eval: how many queries to evaluate on, at least 0.
+      seed: draws the sub-samples.
+      max_bank: at most so many demonstrations; all of them by default.
+      name: for reports.
+
+    Raises:
+      InputError: whatever is wrong with the files or the numbers.
+    """
+    check_sizes(num_train, num_eval, max_bank)
+    folders = jsonl_folders(bank_jsonl, query_jsonl, bank_images, query_images)
+    return subsampled(
+        name,
+        read_jsonl("bank", bank_jsonl, folders),
+        read_jsonl("query", query_jsonl, folders),
+        folders,
+        num_train=num_train,
+        num_eval=num_eval,
+        seed=seed,
+        max_bank=max_bank,
+        queries_file=query_jsonl,
+    )
+
+
+def jsonl_folders(
+    bank_jsonl: str | Path,
+    query_jsonl: str | Path,
+    bank_images: str | Path = "",
+    query_images: str | Path = "",
+) -> ImageFolders:
+    """The image folders of two files, which are the files' own folders where none is given.
+
+    Raises:
+      InputError: a folder is none.
+    """
+    return image_folders(
+        bank_images or Path(bank_jsonl).parent,
+        query_images or Path(query_jsonl).parent,
+        named_by="the field 'image'",
+    )
+
+
+def read_jsonl(
+    role: str, path: str | Path, folders: ImageFolders, report: Report = stop
+) -> list[Example]:
+    """Reads one file, in its order.
+
+    Args:
+      role: "bank" or "query".
+      path: the file, plain or gzip.
+      folders: where the images are.
+      report: is told of every fault.
+
+    Returns:
+      One example a line; blank lines are passed over. Where `report` does not stop at a fault, a
+      line that cannot be an example is left out, and one without answers has none.
+
+    Raises:
+      InputError: the file cannot be read at all, or whatever `report` raises.
+    """
+    folder = folders.folder_of(role)
+    examples = []
+    line_of: dict[int, int] = {}
+    with open_bytes(f"{role}_jsonl", path) as file:
+        for number, line in enumerate(file, 1):
+            if number == 1:
+                line = line.removeprefix(_BYTE_ORDER_MARK)
+            if not line.strip():
+                continue
+            place = f"{path}:{number}"
+            example = _example(_parsed(line, place, report), folder, place, report)
+            if example is None:
+                continue
+            if example.id in line_of:
+                report(
+                    "duplicate_id",
+                    f"{place}: id {example.id} is that of line {line_of[example.id]} already; "
+                    "give each line an id of its own, or remove the line if it is a repetition",
+                )
+                continue
+            line_of[example.id] = number
+            examples.append(example)
+    if not line_of and report is stop:
+        raise InputError(f"--{role}_jsonl={path} holds no example; give a line for each")
+    return examples
+
+
+def _parsed(line: bytes, place: str, report: Report) -> dict[str, Any] | None:
+    try:
+        record = json.loads(line.decode())
+    except (ValueError, RecursionError) as error:
+        report("bad_record", f"{place}: not JSON ({one_line(error)}); a line is one object")
+        return None
+    if not isinstance(record, dict):
+        report("bad_record", f"{place}: not a JSON object; write it as {{...}} in one line")
+        return None
+    return record
+
+
+def _example(
+    record: dict[str, Any] | None, folder: str, place: str, report: Report
+) -> Example | None:
+    if record is None:
+        return None
+    file = field(record, "image", str, place, report)
+    image = None if file is None else path_inside(file)
+    if file is not None and image is None:
+        report(
+            "bad_image_name",
+            f"{place}: image {file!r} lies outside the image folder; give a path inside it",
+        )
+    question = field(record, "question", str, place, report)
+    answers = _answers(record, place, report)
+    labels = [
+        "" if record.get(name) is None else label(record, name, place, report)
+        for name in ("question_type", "answer_type")
+    ]
+    id = _id(record, [image, question, answers], place, report)
+    if None in (image, question, id):
+        return None
+    return Example(id, sys.intern(f"{folder}/{image}"), sys.intern(question), answers, *labels)
+
+
+def _answers(record: dict[str, Any], place: str, report: Report) -> tuple[str, ...]:
+    answers = record.get("answers")
+    if isinstance(answers, str):
+        return (sys.intern(answers),)
+    if not isinstance(answers, list) or not answers:
+        report(
+            "no_answers",
+            f"{place}: field 'answers' is missing or empty; give a list of texts, one an "
+            "annotator, or a single text",
+        )
+        return ()
+    for row, answer in enumerate(answers):
+        if not isinstance(answer, str):
+            report("bad_field", f"{place}: answers[{row}] is {answer!r}; it must be text")
+    return tuple(sys.intern(answer) for answer in answers if isinstance(answer, str))
+
+
+def _id(record: dict[str, Any], content: list, place: str, report: Report) -> int | None:
+    """The example's number: as given, or a hash of the text given, or else of the content."""
+    id = record.get("id")
+    if id is None:
+        return _hash63(content)
+    if isinstance(id, str):
+        return _hash63(id)
+    if type(id) is not int or not 0 <= id < 2**63:
+        report(
+            "bad_id",
+            f"{place}: id {id!r} is not one; give a whole number in [0, 2**63) or a text, or none",
+        )
+        return None
+    return id
+
+
+def _hash63(content: Any) -> int:
+    """A number in [0, 2**63) that is the same on every machine and in every run."""
+    text = json.dumps(content, separators=(",", ":")).encode()
+    return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "big") >> 1
