@@ -23,7 +23,7 @@ OUT = flags.DEFINE_string("out", None, "JSON file of the result; default WORKDIR
 def main():
     workdir = pathlib.Path(settings.WORKDIR.value)
     settings.adopt_flags(workdir)
-    settings.evaluated_shots()
+    settings.check()
     stage(f"open: {workdir}")
     with open_session(workdir) as session:
         finished = phases.finished_phases(session)

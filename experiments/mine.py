@@ -17,7 +17,7 @@ from experiments.train import make_data, print_costs
 
 def main():
     started = time.monotonic()
-    settings.evaluated_shots()
+    settings.check()
     workdir = pathlib.Path(settings.WORKDIR.value)
     workdir.mkdir(parents=True, exist_ok=True)
     stage(f"open: {workdir}")

@@ -20,6 +20,7 @@ from experiments.progress import bar, note
 from experiments.session import Session
 from lever_jax import checkpoint
 from lever_jax.diagnostics import Picks, health_csv, measure_health
+from lever_jax.errors import InputError
 from lever_jax.evaluation import answer_picks, evaluate
 from lever_jax.mining import mine, mined_candidates, mined_groups, on_policy_round
 from lever_jax.proposing import Proposer, phase_key
@@ -66,65 +67,49 @@ def fresh(session: Session) -> Trained:
 
 def warm_up(session: Session, start: Trained, log: MetricsLog) -> Trained:
     """Supervised training on the best pointers that a VLM-guided search of some pools finds."""
-    count = min(settings.WARMUP_QUERIES.value, len(session.train))
-    recipe = _recipe(
-        start,
-        "warmup",
-        (
-            "warmup_queries",
-            "warmup_beam",
-            "warmup_targets",
-            "warmup_epochs",
-            "warmup_learning_rate",
-            "batch_queries",
-        ),
+    rows = np.arange(min(settings.WARMUP_QUERIES.value, len(session.train)))
+    found = search_pools(
+        session.train,
+        rows,
+        session.service,
+        shots=_shots(),
+        beam=settings.WARMUP_BEAM.value,
+        label="warm-up search",
     )
-
-    def train() -> Any:
-        shots = _shots()
-        rows = np.random.default_rng(settings.SEED.value).permutation(len(session.train))[:count]
-        rows = np.sort(rows)
-        found = search_pools(
-            session.train,
-            rows,
-            session.service,
-            shots=shots,
-            beam=settings.WARMUP_BEAM.value,
-            label="warm-up search",
-        )
-        groups = _targets(rows, found, settings.WARMUP_TARGETS.value, shots)
-        note(f"{len(groups.query_rows)} of {count} queries have a pointer worth imitating")
-        return _fit(
-            "supervised",
-            "warmup",
-            session,
-            start.params,
-            groups,
-            log,
-            epochs=settings.WARMUP_EPOCHS.value,
-            rate=settings.WARMUP_RATE.value,
-        )
-
-    return _restored_or(session, "warmup", recipe, start, train)
+    groups = _targets(rows, found, settings.WARMUP_TARGETS.value, _shots())
+    note(f"{len(groups.query_rows)} of {len(rows)} queries have a pointer worth imitating")
+    epochs, rate = settings.WARMUP_EPOCHS.value, settings.WARMUP_RATE.value
+    return _fit(session, "warmup", "supervised", start, groups, log, epochs=epochs, rate=rate)
 
 
 def mine_data(session: Session, selector: Trained) -> None:
     """Two-stage mining of the training queries with proposals of `selector`."""
+    stage, config = _mining_stage(), settings.mining_config()
+    by = _hash({"selector": selector.recipe, "config": dataclasses.asdict(config)})
+    before = session.store.done(stage)
+    if before is not None and before["by"] != by:
+        note(
+            "some queries were mined by another selector or with other flags, and stay so; "
+            "use another --workdir to mine them again"
+        )
     mine(
-        MINING,
+        stage,
         session.train,
         Proposer(session.policy, session.train.table),
         selector.params,
         phase_key(settings.SEED.value, MINING),
         session.service,
-        settings.mining_config(),
+        config,
         shots=_shots(),
     )
+    session.store.mark_done(stage, {"by": by, "queries": len(session.train)})
 
 
 def check_health(session: Session, selector: Trained, name: str) -> dict[str, Any]:
     """Measures the mined data against what `selector` picks; writes health.json and health.csv."""
-    candidates = mined_candidates(MINING, session.train, session.store, settings.reward_config())
+    candidates = mined_candidates(
+        _mining_stage(), session.train, session.store, settings.reward_config()
+    )
     picks = training_picks(session, selector, name)
     health = measure_health(
         candidates,
@@ -148,75 +133,32 @@ def training_picks(session: Session, selector: Trained, name: str) -> np.ndarray
 
 def train_rce(session: Session, start: Trained, log: MetricsLog) -> Trained:
     """Reward-weighted cross-entropy on the mined groups."""
-    recipe = _recipe(
-        start,
-        "rce",
-        (
-            "rce_epochs",
-            "rce_learning_rate",
-            "batch_queries",
-            "tau",
-            "min_range",
-            "num_queries",
-            "proposals",
-            "quotas",
-            "temperature",
-            "top_p",
-            "verify_best",
-            "verify_low",
-            "reward_mode",
-            "hard_weight",
-            "soft_weight",
-            "similarity_weight",
-        ),
-    )
-
-    def train() -> Any:
-        groups = mined_groups(MINING, session.train, session.store, settings.reward_config())
-        return _fit(
-            "rce",
-            "rce",
-            session,
-            start.params,
-            groups,
-            log,
-            epochs=settings.RCE_EPOCHS.value,
-            rate=settings.RCE_RATE.value,
-        )
-
-    return _restored_or(session, "rce", recipe, start, train)
+    groups = mined_groups(_mining_stage(), session.train, session.store, settings.reward_config())
+    epochs, rate = settings.RCE_EPOCHS.value, settings.RCE_RATE.value
+    return _fit(session, "rce", "rce", start, groups, log, epochs=epochs, rate=rate)
 
 
 def train_grpo(session: Session, start: Trained, log: MetricsLog) -> Trained:
     """GRPO from `start`, which is also the reference of the KL; resumes after the last round."""
-    recipe = _recipe(
-        start,
-        "grpo",
-        (
-            "grpo_epochs",
-            "grpo_updates",
-            "grpo_queries",
-            "group_size",
-            "grpo_learning_rate",
-            "batch_queries",
-            "advantage",
-            "clip_low",
-            "clip_high",
-            "kl_coef",
-            "min_range",
-            "verify",
-            "reward_mode",
-            "hard_weight",
-            "soft_weight",
-            "similarity_weight",
-            "num_queries",
-        ),
+    names = (
+        "grpo_epochs grpo_updates grpo_queries group_size grpo_learning_rate batch_queries "
+        "verify verify_best verify_low"
+    ).split()
+    recipe = _hash(
+        {
+            "phase": "grpo",
+            "before": start.recipe,
+            "flags": {name: settings.FLAGS[name].value for name in names},
+            "loss": dataclasses.asdict(settings.loss_config()),
+            "reward": dataclasses.asdict(settings.reward_config()),
+            "queries": _digest([session.train.query_ids]),
+        }
     )
-
-    def train() -> Any:
-        return _grpo_rounds(session, start.params, recipe, log)
-
-    return _restored_or(session, "grpo", recipe, start, train)
+    restored = _restored(session, "grpo", recipe)
+    if restored is not None:
+        return restored
+    params = _grpo_rounds(session, start.params, recipe, log)
+    return _save(session, "grpo", Trained(params, recipe))
 
 
 def _grpo_rounds(session: Session, reference: Any, recipe: str, log: MetricsLog) -> Any:
@@ -309,18 +251,23 @@ def write_json(path, content) -> None:
     partial.replace(path)
 
 
-def _restored_or(session, name, recipe, start, train) -> Trained:
+def _restored(session: Session, name: str, recipe: str) -> Trained | None:
+    """The checkpoint of a phase if it was made by this recipe, else None."""
     path = session.workdir / "checkpoints" / name
-    if checkpoint.exists(path):
-        if checkpoint.read_metadata(path)["recipe"] == recipe:
-            note(f"{name} was finished earlier: restored from {path}")
-            return restore_phase(session, name)
+    if not checkpoint.exists(path):
+        return None
+    if checkpoint.read_metadata(path)["recipe"] != recipe:
         note(f"{name} was trained with other settings or data: it is trained again")
-    params = train()
+        return None
+    note(f"{name} was finished earlier: restored from {path}")
+    return restore_phase(session, name)
+
+
+def _save(session: Session, name: str, trained: Trained) -> Trained:
+    """Writes the checkpoint of a finished phase."""
     metadata = {
         "phase": name,
-        "recipe": recipe,
-        "before": start.recipe,
+        "recipe": trained.recipe,
         "selector": dataclasses.asdict(settings.selector_config()),
         "parts": {part: list(span) for part, span in session.parts.items()},
         "embedding_dim": session.environment.hello["embedding_dim"],
@@ -328,28 +275,56 @@ def _restored_or(session, name, recipe, start, train) -> Trained:
         "flags": settings.own_flags(),
         "code": VERSION,
     }
-    checkpoint.save(path, {"params": params}, metadata)
-    return Trained(params, recipe)
+    checkpoint.save(session.workdir / "checkpoints" / name, {"params": trained.params}, metadata)
+    return trained
 
 
-def _fit(kind, name, session, params, groups: GroupBatch, log, *, epochs: int, rate: float) -> Any:
-    """Trains over fixed groups; returns the parameters."""
+def _fit(
+    session: Session,
+    name: str,
+    kind: str,
+    start: Trained,
+    groups: GroupBatch,
+    log: MetricsLog,
+    *,
+    epochs: int,
+    rate: float,
+) -> Trained:
+    """A phase of training over fixed groups, or its checkpoint if the recipe is the same."""
+    if not len(groups.query_rows):
+        raise InputError(
+            f"{name}: no query has a pointer to learn from; look at eval_failed in health.json, "
+            "or raise --num_queries"
+        )
     size = min(settings.BATCH_QUERIES.value, len(groups.query_rows))
+    recipe = _hash(
+        {
+            "phase": name,
+            "before": start.recipe,
+            "groups": _digest(groups),
+            "loss": dataclasses.asdict(settings.loss_config()),
+            "training": [epochs, rate, size],
+        }
+    )
+    restored = _restored(session, name, recipe)
+    if restored is not None:
+        return restored
     steps = epochs * -(-len(groups.query_rows) // size)
     optimizer = make_optimizer(rate, steps=steps)
     step = make_step(kind, session.policy, optimizer, settings.loss_config())
-    state: TrainState = init_state(params, optimizer)
+    state: TrainState = init_state(start.params, optimizer)
     with bar(f"{name}: optimiser steps", steps) as advance:
         for epoch in range(epochs):
             totals = []
             for batch in batches(groups, size, (settings.SEED.value, epoch)):
-                state, metrics = step(state, params, session.train.table, batch)
+                state, metrics = step(state, start.params, session.train.table, batch)
                 totals.append(metrics)
                 advance(1)
             means = {n: np.mean([float(t[n]) for t in totals]) for n in totals[0]}
             log.write(name, int(state.step), means)
-    note(f"{name}: loss {means['loss']:.3f} nats, entropy {means['entropy']:.2f} nats")
-    return state.params
+    if epochs:
+        note(f"{name}: loss {means['loss']:.3f} nats, entropy {means['entropy']:.2f} nats")
+    return _save(session, name, Trained(state.params, recipe))
 
 
 def _targets(rows, found, count: int, shots: int) -> GroupBatch:
@@ -374,9 +349,18 @@ def _shots() -> int:
     return settings.train_shots(settings.evaluated_shots())
 
 
-def _recipe(start: Trained, phase: str, names: tuple[str, ...]) -> str:
-    values = {name: settings.FLAGS[name].value for name in names}
-    return _hash({"phase": phase, "before": start.recipe, "flags": values})
+def _mining_stage() -> str:
+    """Name under which the store keeps what was mined; pointers of one length only."""
+    return f"{MINING}_{_shots()}_shots"
+
+
+def _digest(arrays) -> str:
+    """Identifies the content of some arrays."""
+    digest = hashlib.sha256()
+    for array in map(np.ascontiguousarray, arrays):
+        digest.update(f"{array.dtype} {array.shape}".encode())
+        digest.update(array.tobytes())
+    return digest.hexdigest()
 
 
 def _hash(content: dict) -> str:

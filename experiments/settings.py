@@ -198,6 +198,21 @@ def train_shots(shots: tuple[int, ...]) -> int:
     return TRAIN_SHOTS.value or max(shots)
 
 
+def check() -> None:
+    """Builds every config once, so that a wrong flag is found before anything is computed."""
+    for make in (
+        evaluation_config,
+        worker_settings,
+        pool_config,
+        selector_config,
+        mining_config,
+        reward_config,
+        loss_config,
+        thresholds,
+    ):
+        make()
+
+
 def dataset_settings() -> dict:
     """What `open_dataset` takes, for driver and workers alike."""
     if DATASET.value == "digits":

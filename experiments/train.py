@@ -26,7 +26,7 @@ from experiments.tables import print_evaluation, print_health
 
 def main():
     started = time.monotonic()
-    settings.evaluated_shots()
+    settings.check()
     workdir = pathlib.Path(settings.WORKDIR.value)
     workdir.mkdir(parents=True, exist_ok=True)
     stage(f"open: {workdir}")

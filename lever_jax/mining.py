@@ -17,6 +17,7 @@ from lever_jax.errors import InputError
 from lever_jax.pooled import PooledQueries
 from lever_jax.proposing import Proposer
 from lever_jax.rewards import compute_rewards
+from lever_jax.sampling import check_quotas
 from lever_jax.scoring import ScoringService, columns
 from lever_jax.store import Proposals, ScoreRecord, Store
 from lever_jax.training import GroupBatch
@@ -56,6 +57,7 @@ class MiningConfig:
     batch: int = 100
 
     def __post_init__(self):
+        check_quotas(self.quotas, self.proposals)
         if self.verify_best < 2 or self.verify_low < 1:
             raise InputError(
                 f"--verify_best={self.verify_best} and --verify_low={self.verify_low}: a group "

@@ -6,7 +6,7 @@ encodes the query once and hands the encoding to as many samplers as it likes.
 """
 
 from lever_jax.sampling.beam import beam_search
-from lever_jax.sampling.mixture import MIXABLE, distinct, sample_mixture
+from lever_jax.sampling.mixture import MIXABLE, check_quotas, distinct, sample_mixture
 from lever_jax.sampling.similarity import similarity_order
 from lever_jax.sampling.temperature import sample_temperature
 from lever_jax.sampling.top_p import nucleus, sample_top_p
@@ -21,6 +21,7 @@ __all__ = [
     "MIXABLE",
     "StochasticBeam",
     "beam_search",
+    "check_quotas",
     "distinct",
     "inclusion_log_probs",
     "nucleus",

@@ -55,7 +55,7 @@ def sample_mixture(
       Rollouts [num], different pointers first, then rows whose mask is false. log_probs are those
       under the source: each sampler says which.
     """
-    _check(quotas, num)
+    check_quotas(quotas, num)
     options = {"sample": {"temperature": temperature}, "top_p": {"p": top_p}}
 
     def draw(name, count):
@@ -100,7 +100,8 @@ def distinct(rollouts: Rollouts, num: int) -> Rollouts:
     )
 
 
-def _check(quotas: Mapping[str, int], num: int) -> None:
+def check_quotas(quotas: Mapping[str, int], num: int) -> None:
+    """Refuses quotas that no mixture of `num` pointers can have, with an InputError."""
     names = [SOURCES[source_index(name)].partition("(")[0] for name in quotas]
     for name, count in zip(names, quotas.values()):
         if name not in MIXABLE:

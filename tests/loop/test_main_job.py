@@ -36,6 +36,11 @@ def trained(tmp_path_factory):
     return workdir, flags, first.stdout
 
 
+def metrics(workdir):
+    """The rows of metrics.jsonl."""
+    return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+
+
 def test_everything_is_in_the_workdir(trained):
     workdir, _, printed = trained
     for name in ("flags.txt", "metrics.jsonl", "health.json", "health.csv", "eval.json"):
@@ -55,13 +60,11 @@ def test_everything_is_in_the_workdir(trained):
             assert row["ci95"][0] <= row["accuracy"] <= row["ci95"][1]
             assert row["n"] == 30
     assert "0 scored twice" in printed
-    phases = {json.loads(line)["phase"] for line in (workdir / "metrics.jsonl").open()}
-    assert phases == {"warmup", "rce", "grpo"}
+    assert {row["phase"] for row in metrics(workdir)} == {"warmup", "rce", "grpo"}
 
 
 def test_the_policy_that_sampled_is_the_one_that_is_trained(trained):
-    rows = [json.loads(line) for line in (trained[0] / "metrics.jsonl").open()]
-    rows = [row for row in rows if row["phase"] == "grpo"]
+    rows = [row for row in metrics(trained[0]) if row["phase"] == "grpo"]
     # The first step of a round is on-policy; later ones have moved.
     assert rows[0]["behaviour_drift"] <= 1e-5
     assert rows[0]["ratio"] == pytest.approx(1.0, abs=1e-5)
@@ -108,6 +111,8 @@ def test_evaluation_in_a_new_process_prints_the_same_numbers(trained, tmp_path):
         ("train", ["--shots=5", "--pool_size=4"], ["--shots=5", "--pool_size=4"]),
         ("train", ["--model=/no/such/folder"], ["--model=/no/such/folder", "not a folder"]),
         ("train", ["--quotas=beam"], ["--quotas", "source:count"]),
+        ("train", ["--quotas=magic:3"], ["magic", "beam"]),
+        ("train", ["--dataset=official"], ["--dataset=official needs --bank_questions"]),
         ("evaluate", [], ["holds no run"]),
     ],
 )
