@@ -26,7 +26,7 @@ def run(main) -> None:
             _say(f"error: {error}")
             sys.exit(BAD_INPUT)
         except KeyboardInterrupt:
-            _say("stopped; what was scored is kept, and the same command resumes from here")
+            _say("stopped; what was finished is kept, and the same command goes on from there")
             sys.exit(INTERRUPTED)
 
     app.run(guarded, flags_parser=_parse)

@@ -200,19 +200,24 @@ def _grpo_rounds(session: Session, reference: Any, recipe: str, log: MetricsLog)
             config=settings.mining_config(),
             label=f"GRPO round {i + 1}/{len(rounds)}",
         )
+        if not len(groups.query_rows):
+            note(f"round {i + 1}: no prompt could be scored; see eval_failed in the store")
+            continue
         drawn = {
             "sample_reward": np.nanmean(scores["reward"]),
             "sample_accuracy": np.nanmean(scores["accuracy"]),
         }
+        rows = []
         for update in range(settings.GRPO_UPDATES.value):
             seed = (settings.SEED.value, i, update)
             for batch in batches(groups, batch_size, seed):
                 state, metrics = step(state, reference, session.train.table, batch)
-                log.write("grpo", int(state.step), {**jax.device_get(metrics), **drawn})
+                metrics = {**jax.device_get(metrics), **drawn}
+                rows.append(log.write("grpo", int(state.step), metrics))
+        flat, kl, entropy = (np.mean([r[n] for r in rows]) for n in ("flat_share", "kl", "entropy"))
         note(
-            f"round {i + 1}: samples {drawn['sample_accuracy']:.3f} right, "
-            f"flat {float(metrics['flat_share']):.0%}, KL {float(metrics['kl']):.3f}, "
-            f"entropy {float(metrics['entropy']):.2f} nats"
+            f"round {i + 1}: samples {drawn['sample_accuracy']:.3f} right, {flat:.0%} of groups "
+            f"flat and dropped, KL {kl:.3f}, entropy {entropy:.2f} nats"
         )
         checkpoint.save(partial, state, {"recipe": recipe, "round": i + 1})
     return state.params

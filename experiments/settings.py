@@ -18,27 +18,31 @@ from lever_jax.pooled import PoolConfig
 from lever_jax.rewards import REWARD_MODES
 from lever_jax.selector import SelectorConfig
 from lever_jax.training import LossConfig
+from qwen_bridge.vqa.official import DEFAULT_IMAGE_PATTERN
 
 FLAGS = flags.FLAGS
 PHASES = ("warmup", "rce", "grpo")
-_DATASETS = ("digits", "official")
+_DATASETS = ("digits", "official", "jsonl")
 
 WORKDIR = flags.DEFINE_string("workdir", "runs/digits", "Folder of everything a run writes.")
 SEED = flags.DEFINE_integer("seed", 0, "Seed of the selector's start and of all sampling.")
 
 # --- data -------------------------------------------------------------------------------------
-DATASET = flags.DEFINE_enum("dataset", "digits", _DATASETS, "Embedded world, or official JSON.")
+DATASET = flags.DEFINE_enum("dataset", "digits", _DATASETS, "Embedded, official JSON, or JSONL.")
 WORLD_SEED = flags.DEFINE_integer("world_seed", 0, "Which digits world: colours and languages.")
 BANK_SIZE = flags.DEFINE_integer("bank_size", 1600, "Demonstrations of the digits world.")
 NUM_QUERIES = flags.DEFINE_integer("num_queries", 600, "Training queries; start with 50 and grow.")
 NUM_EVAL = flags.DEFINE_integer("num_eval", 400, "Evaluation queries, on other images.")
+MAX_BANK = flags.DEFINE_integer("max_bank", None, "Demonstrations drawn by seed; default all.")
 for _split in ("bank", "query"):
-    for _what in ("questions", "annotations", "images"):
-        flags.DEFINE_string(
-            f"{_split}_{_what}", "", f"Official JSON of the {_split} ({_what}), with --dataset."
-        )
+    flags.DEFINE_string(f"{_split}_questions", "", f"Official JSON: questions of the {_split}.")
+    flags.DEFINE_string(f"{_split}_annotations", "", f"Official JSON: answers of the {_split}.")
+    flags.DEFINE_string(f"{_split}_jsonl", "", f"JSONL of the {_split}, one example a line.")
+    flags.DEFINE_string(
+        f"{_split}_images", "", f"Folder of the {_split}'s images; JSONL's own folder by default."
+    )
 IMAGE_PATTERN = flags.DEFINE_string(
-    "image_pattern", "COCO_train2014_{image_id:012d}.jpg", "File name of an image by its id."
+    "image_pattern", DEFAULT_IMAGE_PATTERN, "File name of an image, with --dataset=official."
 )
 
 # --- the VLM ----------------------------------------------------------------------------------
@@ -223,21 +227,25 @@ def dataset_settings() -> dict:
             "train": NUM_QUERIES.value,
             "eval": NUM_EVAL.value,
         }
-    files = {
-        f"{split}_{what}": FLAGS[f"{split}_{what}"].value
-        for split in ("bank", "query")
-        for what in ("questions", "annotations", "images")
-    }
-    for name, value in files.items():
-        if not value:
-            raise InputError(f"--dataset=official needs --{name}")
+    kind = DATASET.value
+    needed = ("questions", "annotations", "images") if kind == "official" else ("jsonl",)
+    names = [f"{split}_{what}" for split in ("bank", "query") for what in needed]
+    for name in names:
+        if not FLAGS[name].value:
+            raise InputError(f"--dataset={kind} needs --{name}")
+    if kind == "official":
+        options = {"image_pattern": IMAGE_PATTERN.value}
+    else:
+        names += ["bank_images", "query_images"]
+        options = {}
     return {
-        "kind": "official",
-        **files,
-        "image_pattern": IMAGE_PATTERN.value,
+        "kind": kind,
+        **{name: FLAGS[name].value for name in names},
+        **options,
         "num_train": NUM_QUERIES.value,
         "num_eval": NUM_EVAL.value,
         "seed": WORLD_SEED.value,
+        "max_bank": MAX_BANK.value,
     }
 
 

@@ -34,17 +34,18 @@ def main():
         settings.save_flags(workdir)
         log = MetricsLog(workdir)
         selectors, current, health = make_data(session, log)
+        gaps = {} if health["headroom"] is None else {"mining": health["headroom"]}
 
         stage("RCE: reward-weighted cross-entropy on the mined groups")
         current = selectors["rce"] = phases.train_rce(session, current, log)
-        print_headroom(session, health, current, "RCE")
+        print_headroom(session, health, current, "RCE", gaps)
 
         if settings.GRPO_EPOCHS.value == 0:
             note("GRPO is left out: --grpo_epochs=0")
         elif health["ready"] or settings.FORCE_GRPO.value:
             stage("GRPO: on-policy, through the same two stages")
             current = selectors["grpo"] = phases.train_grpo(session, current, log)
-            print_headroom(session, health, current, "GRPO")
+            print_headroom(session, health, current, "GRPO", gaps)
         else:
             note(f"GRPO is not started: {health['verdict']}; --force_grpo starts it all the same")
 
@@ -74,21 +75,23 @@ def make_data(session, log):
     return selectors, current, health
 
 
-def print_headroom(session, health, selector, name: str) -> None:
-    """Prints how far the picks on training queries are from the best stored pointers."""
-    accuracy = float(np.nanmean(phases.training_picks(session, selector, name)))
+def print_headroom(session, health, selector, name: str, gaps: dict[str, float]) -> None:
+    """Prints how far the picks on training queries are from the best mined pointers.
+
+    Beside it stand the gaps of the selectors before: a gap that stays says that training does not
+    use the data, a gap near zero that there is nothing better in the data to learn from.
+    """
+    picks = phases.training_picks(session, selector, name)
     oracle = health["oracle_in_data"]
-    if oracle is None:
+    if oracle is None or not np.isfinite(picks).any():
+        note(f"training queries after {name}: no answered pick to compare with the mined data")
         return
+    before = ", ".join(f"{earlier} {gap:+.3f}" for earlier, gap in gaps.items())
+    gaps[name] = oracle - float(np.nanmean(picks))
     note(
-        f"training queries after {name}: model_pick {accuracy:.3f}, oracle_in_data {oracle:.3f}, "
-        f"gap {oracle - accuracy:+.3f} (before RCE {number_or_dash(health['headroom'])})"
+        f"training queries after {name}: model_pick {oracle - gaps[name]:.3f}, oracle_in_data "
+        f"{oracle:.3f}, gap {gaps[name]:+.3f} (before: {before or 'unknown'})"
     )
-
-
-def number_or_dash(value) -> str:
-    """A signed figure, or a dash where it is unknown."""
-    return "-" if value is None else f"{value:+.3f}"
 
 
 def print_costs(session, seconds: float) -> None:

@@ -13,6 +13,7 @@ import statistics
 import warnings
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from qwen_bridge.vqa.accuracy import leave_one_out, normalize
@@ -91,8 +92,9 @@ def check_examples(
     Returns:
       Figures: `questions`, `answers_per_question` [least, most], `fewer_than_ten_answers`,
       `cannot_reach_full_marks` (questions on which not even the best answer has accuracy 1.0,
-      which is the same in both modes of the metric), `best_possible_accuracy` (the mean over
-      questions of the best answer's accuracy), `question_types`, `answer_types` (how many).
+      which is the same in both modes of the metric) and its share of the questions with answers,
+      `best_possible_accuracy` (the mean over these of the best answer's accuracy),
+      `question_types` and `answer_types` (how many).
     """
     best = []
     counts = collections.Counter()
@@ -120,11 +122,13 @@ def check_examples(
         f"{name}s": len({getattr(example, name) for example in examples} - {""})
         for name in ("question_type", "answer_type")
     }
+    unreachable = sum(value < 1.0 for value in best)
     return {
         "questions": len(examples),
         "answers_per_question": [min(counts), max(counts)] if counts else None,
         "fewer_than_ten_answers": sum(n for answers, n in counts.items() if answers < 10),
-        "cannot_reach_full_marks": sum(value < 1.0 for value in best),
+        "cannot_reach_full_marks": unreachable,
+        "share_cannot_reach_full_marks": unreachable / len(best) if best else None,
         "best_possible_accuracy": statistics.fmean(best) if best else None,
         **labels,
     }
@@ -220,22 +224,19 @@ def _look_at(
     threads: int,
     on_done: Callable[[int], None],
 ) -> list[_Picture]:
-    def look(key: str) -> _Picture:
-        picture = _look(key, folders, how)
-        on_done(1)
-        return picture
-
     pictures = []
     # Pillow warns of oddities that it overcomes; the filter is the process's, threads included.
     with warnings.catch_warnings(), concurrent.futures.ThreadPoolExecutor(threads) as pool:
         warnings.simplefilter("ignore")
         chunk = 64 * threads  # so that Ctrl-C does not wait for all the images that are queued
         for start in range(0, len(keys), chunk):
-            pictures += pool.map(look, keys[start : start + chunk])
+            for picture in pool.map(partial(_look, folders, how), keys[start : start + chunk]):
+                pictures.append(picture)
+                on_done(1)
     return pictures
 
 
-def _look(key: str, folders: ImageFolders, how: str) -> _Picture:
+def _look(folders: ImageFolders, how: str, key: str) -> _Picture:
     digest = b""
     try:
         with folders.open(key) as image:
@@ -249,9 +250,7 @@ def _look(key: str, folders: ImageFolders, how: str) -> _Picture:
         return _Picture(key, fault=("broken_image", str(error)))
     fault = None
     if max(width, height) > MAX_ASPECT * min(width, height):
-        message = (
-            f"{folders.path(key)}: {width} x {height} pixels; crop it or remove its questions"
-        )
+        message = f"{folders.path(key)}: {width} x {height} pixels; crop it or remove its questions"
         fault = ("long_image", message)
     return _Picture(key, (width, height), digest, fault)
 

@@ -88,25 +88,40 @@ class ImageFolders:
 
 
 def image_folders(
-    bank_images: str | Path, query_images: str | Path, named_by: str = "--image_pattern"
+    bank_images: str | Path | None,
+    query_images: str | Path | None,
+    named_by: str = "--image_pattern",
 ) -> ImageFolders:
     """Checks that the two folders exist, and finds out whether they are one.
+
+    Args:
+      bank_images: None where only queries are opened.
+      query_images: None where only demonstrations are opened.
+      named_by: see `ImageFolders`.
 
     Raises:
       InputError: one is not a folder.
     """
-    paths = {"bank": Path(bank_images), "query": Path(query_images)}
+    given = {"bank": bank_images, "query": query_images}
+    paths = {role: Path(path) for role, path in given.items() if path is not None}
     for role, path in paths.items():
         if not path.is_dir():
             raise InputError(f"--{role}_images={path} is not a folder; give the images' folder")
-    if paths["bank"].resolve() == paths["query"].resolve():
+    if len(paths) == 2 and paths["bank"].resolve() == paths["query"].resolve():
         del paths["query"]
     return ImageFolders(paths, named_by)
 
 
 def path_inside(file: str) -> str | None:
-    """A file's path relative to its image folder, made plain; None where it would leave it."""
+    """A file's path relative to its image folder, made plain.
+
+    None where it would leave the folder, or where no file can have that name.
+    """
     path = PurePosixPath(file)
     if path.is_absolute() or ".." in path.parts or not path.parts or "\0" in file:
+        return None
+    try:
+        file.encode()
+    except UnicodeEncodeError:  # JSON can hold half a surrogate pair, a message to a user cannot
         return None
     return str(path)

@@ -21,6 +21,8 @@ from qwen_bridge.vqa.images import ImageFolders, image_folders, path_inside
 from qwen_bridge.vqa.records import Report, field, label, one_line, open_bytes, stop
 from qwen_bridge.vqa.subsample import check_sizes, subsampled
 
+# What decides the name of an image's file, for messages.
+NAMED_BY = "the field 'image'"
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 
 
@@ -57,11 +59,15 @@ def load_jsonl(
       InputError: whatever is wrong with the files or the numbers.
     """
     check_sizes(num_train, num_eval, max_bank)
-    folders = jsonl_folders(bank_jsonl, query_jsonl, bank_images, query_images)
+    folders = image_folders(
+        images_of("bank", bank_jsonl, bank_images),
+        images_of("query", query_jsonl, query_images),
+        named_by=NAMED_BY,
+    )
     return subsampled(
         name,
-        read_jsonl("bank", bank_jsonl, folders),
-        read_jsonl("query", query_jsonl, folders),
+        list(read_jsonl("bank", bank_jsonl, folders).values()),
+        list(read_jsonl("query", query_jsonl, folders).values()),
         folders,
         num_train=num_train,
         num_eval=num_eval,
@@ -71,28 +77,21 @@ def load_jsonl(
     )
 
 
-def jsonl_folders(
-    bank_jsonl: str | Path,
-    query_jsonl: str | Path,
-    bank_images: str | Path = "",
-    query_images: str | Path = "",
-) -> ImageFolders:
-    """The image folders of two files, which are the files' own folders where none is given.
+def images_of(role: str, path: str | Path, images: str | Path) -> str | Path:
+    """The image folder of a file: the one that is given, or else the file's own.
 
     Raises:
-      InputError: a folder is none.
+      InputError: no folder is given, and there is no file.
     """
-    return image_folders(
-        bank_images or Path(bank_jsonl).parent,
-        query_images or Path(query_jsonl).parent,
-        named_by="the field 'image'",
-    )
+    if not images and not Path(path).is_file():
+        raise InputError(f"--{role}_jsonl={path} is not a file; check the path")
+    return images or Path(path).parent
 
 
 def read_jsonl(
     role: str, path: str | Path, folders: ImageFolders, report: Report = stop
-) -> list[Example]:
-    """Reads one file, in its order.
+) -> dict[int, Example]:
+    """Reads one file.
 
     Args:
       role: "bank" or "query".
@@ -101,14 +100,15 @@ def read_jsonl(
       report: is told of every fault.
 
     Returns:
-      One example a line; blank lines are passed over. Where `report` does not stop at a fault, a
-      line that cannot be an example is left out, and one without answers has none.
+      The examples by the number of their line, in the file's order; ids are unique, and blank
+      lines are passed over. Where `report` does not stop at a fault, a line that cannot be an
+      example is left out, and one without answers has none.
 
     Raises:
       InputError: the file cannot be read at all, or whatever `report` raises.
     """
     folder = folders.folder_of(role)
-    examples = []
+    examples: dict[int, Example] = {}
     line_of: dict[int, int] = {}
     with open_bytes(f"{role}_jsonl", path) as file:
         for number, line in enumerate(file, 1):
@@ -117,7 +117,8 @@ def read_jsonl(
             if not line.strip():
                 continue
             place = f"{path}:{number}"
-            example = _example(_parsed(line, place, report), folder, place, report)
+            record = _parsed(line, place, report)
+            example = None if record is None else _example(record, folder, place, report)
             if example is None:
                 continue
             if example.id in line_of:
@@ -128,9 +129,9 @@ def read_jsonl(
                 )
                 continue
             line_of[example.id] = number
-            examples.append(example)
-    if not line_of and report is stop:
-        raise InputError(f"--{role}_jsonl={path} holds no example; give a line for each")
+            examples[number] = example
+    if not examples:
+        report("empty_split", f"{path}: no line is an example; write one a line")
     return examples
 
 
@@ -146,11 +147,7 @@ def _parsed(line: bytes, place: str, report: Report) -> dict[str, Any] | None:
     return record
 
 
-def _example(
-    record: dict[str, Any] | None, folder: str, place: str, report: Report
-) -> Example | None:
-    if record is None:
-        return None
+def _example(record: dict[str, Any], folder: str, place: str, report: Report) -> Example | None:
     file = field(record, "image", str, place, report)
     image = None if file is None else path_inside(file)
     if file is not None and image is None:

@@ -86,7 +86,7 @@ def check_pattern(pattern: str):
       InputError: it lacks `{image_id}`, or asks for what is not there.
     """
     try:
-        fields = {field for _, field, _, _ in string.Formatter().parse(pattern)} - {None}
+        fields = {name for _, name, _, _ in string.Formatter().parse(pattern)} - {None}
     except ValueError as error:
         raise InputError(f"--image_pattern={pattern} is not a pattern ({error})") from None
     if "image_id" not in fields or not fields <= _PLACEHOLDERS:
@@ -123,9 +123,7 @@ def read_split(
     """
     _, annotated = read_records(f"{role}_annotations", annotations, "annotations", report)
     document, asked = read_records(f"{role}_questions", questions, "questions", report)
-    report_orphans(
-        "no_annotation", asked, questions, "annotation", annotated, annotations, report
-    )
+    report_orphans("no_annotation", asked, questions, "annotation", annotated, annotations, report)
     report_orphans("no_question", annotated, annotations, "question", asked, questions, report)
     subtype = document.get("data_subtype")
     if "{data_subtype" in pattern and not isinstance(subtype, str):

@@ -19,7 +19,7 @@ def check_sizes(num_train: int, num_eval: int, max_bank: int | None):
     """Refuses numbers that no data could satisfy, before any is read."""
     if max_bank is not None and max_bank < 1:
         raise InputError(f"--max_bank={max_bank} leaves no demonstrations; give 1 or more")
-    for flag, number in (("num_train", num_train), ("num_eval", num_eval)):
+    for flag, number in (("num_queries", num_train), ("num_eval", num_eval)):
         if number < 0:
             raise InputError(f"--{flag}={number} is negative; give 0 or more")
 
@@ -63,7 +63,7 @@ def subsampled(
     """
     if num_train + num_eval > len(queries):
         raise InputError(
-            f"--num_train={num_train} and --num_eval={num_eval} together exceed the "
+            f"--num_queries={num_train} and --num_eval={num_eval} together exceed the "
             f"{len(queries)} questions in {queries_file}; lower them or add questions"
         )
     if max_bank is not None and max_bank < len(bank):

@@ -303,7 +303,6 @@ def samplers(policy, params, key, encoding, mask, *, num, shots):
         "distinct": sampling.sample_uniform_distinct(key, mask, **rows),
         "retrieval": sampling.similarity_order(mask, **rows),
         "sbs": sbs.rollouts,
-        "mixture": everything(policy, params, key, **reads),
     }
 
 
@@ -321,52 +320,69 @@ def check_rollouts(rollouts, mask, shots):
     assert jnp.all(jnp.isfinite(rollouts.log_probs))
 
 
+# A policy whose logits depend on the last pick: row a of a table [K, K] after action a.
+LAST_PICK = Policy(
+    encode=lambda params, query, pool: params,
+    start=lambda params, encoding: encoding[0],
+    logits=lambda params, encoding, state: state,
+    update=lambda params, encoding, state, action: encoding[action],
+)
+SLOW_SHAPES = [pytest.param(*shape, marks=pytest.mark.slow) for shape in [(200, 3), (1024, 8)]]
+
+
+def different_masks(candidates, shots):
+    """Masks [5, K] of pools of all sizes; the last two have too few candidates, and none."""
+    sizes = [candidates, candidates - 1, min(shots, candidates), min(shots - 1, candidates), 0]
+    return sizes, (jnp.arange(candidates) < jnp.array(sizes)[:, None])[:, ::-1]
+
+
+def check_all_different(rollouts, sizes, shots):
+    for size, pointers, found in zip(sizes, rollouts.pointers, rollouts.mask):
+        assert found.sum() == min(math.perm(size, shots), pointers.shape[0])
+        assert len(counts(pointers[found])) == found.sum()
+
+
 @pytest.mark.parametrize(
-    ("candidates", "shots"),
-    [
-        (6, 1),
-        (9, 8),
-        (200, 3),
-        pytest.param(3, 5, marks=pytest.mark.slow),
-        pytest.param(1024, 8, marks=pytest.mark.slow),
-    ],
+    ("candidates", "shots"), [(9, 8), pytest.param(3, 5, marks=pytest.mark.slow), *SLOW_SHAPES]
 )
 def test_every_sampler_for_any_shots_and_pool(candidates, shots):
-    """Each row of the batch has another mask; the last two have too few candidates, or none."""
-    sizes = [candidates, candidates - 1, min(shots, candidates), min(shots - 1, candidates), 0]
-    mask = (jnp.arange(candidates) < jnp.array(sizes)[:, None])[:, ::-1]
+    sizes, mask = different_masks(candidates, shots)
     rng = np.random.default_rng(0)
-    logits = jnp.asarray(rng.normal(size=(candidates, candidates)), jnp.float32)
-    policy = Policy(
-        encode=lambda params, query, pool: params,
-        start=lambda params, encoding: encoding[0],
-        logits=lambda params, encoding, state: state,
-        update=lambda params, encoding, state, action: encoding[action],
-    )
-    keys = jax.random.split(jax.random.key(0), len(sizes))
+    table = jnp.asarray(rng.normal(size=(candidates, candidates)), jnp.float32)
 
     @jax.jit
     @jax.vmap
     def draw_all(key, mask):
-        return samplers(policy, logits, key, logits, mask, num=16, shots=shots)
+        return samplers(LAST_PICK, None, key, table, mask, num=16, shots=shots)
 
     @jax.jit
     @jax.vmap
     def recompute(mask, pointers):
-        return pointer_log_probs(policy, logits, logits, mask, pointers)[0]
+        return pointer_log_probs(LAST_PICK, None, table, mask, pointers)[0]
 
-    drawn = draw_all(keys, mask)
-    for name, rollouts in drawn.items():
+    for name, rollouts in draw_all(jax.random.split(jax.random.key(0), 5), mask).items():
         check_rollouts(rollouts, mask, shots)
-        if name in ("beam", "distinct", "sbs", "mixture"):
-            for size, pointers, found in zip(sizes, rollouts.pointers, rollouts.mask):
-                total = math.perm(size, shots)
-                assert found.sum() == min(total, 16), name
-                assert len(counts(pointers[found])) == found.sum(), name
+        if name in ("beam", "distinct", "sbs"):
+            check_all_different(rollouts, sizes, shots)
         if name in ("beam", "sample", "sbs"):
-            np.testing.assert_allclose(
-                rollouts.log_probs, recompute(mask, rollouts.pointers), atol=1e-5, rtol=1e-5
-            )
+            again = recompute(mask, rollouts.pointers)
+            np.testing.assert_allclose(rollouts.log_probs, again, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize(("candidates", "shots"), [(6, 1), *SLOW_SHAPES])
+def test_mixture_is_full_and_different_for_any_shots_and_pool(candidates, shots):
+    sizes, mask = different_masks(candidates, shots)
+    # So peaked that the policy draws the same pointer again and again.
+    table = 30.0 * jnp.eye(candidates, k=1)
+
+    @jax.jit
+    @jax.vmap
+    def mix(key, mask):
+        return everything(LAST_PICK, None, key, table, mask, num=16, shots=shots)
+
+    rollouts = mix(jax.random.split(jax.random.key(0), 5), mask)
+    check_rollouts(rollouts, mask, shots)
+    check_all_different(rollouts, sizes, shots)
 
 
 def test_results_do_not_depend_on_the_batch(selector, batch):
@@ -398,7 +414,10 @@ def test_padding_changes_no_draw(table):
 
     @jax.jit
     def draw_all(encoding, mask):
-        return everything(table.policy, None, jax.random.key(4), encoding, mask, num=16, shots=2)
+        quotas = {"beam": 4, "sbs": 6, "sample": 6}  # and random ones to fill up
+        options = {"num": 24, "shots": 2, "quotas": quotas}
+        key = jax.random.key(4)
+        return sampling.sample_mixture(table.policy, None, key, encoding, mask, **options)
 
     before = draw_all(jnp.asarray(params), mask)
     after = draw_all(jnp.asarray(padded), jnp.pad(mask, (0, 3)))
@@ -416,67 +435,46 @@ def test_more_independent_draws_only_append(table):
     np.testing.assert_array_equal(few.pointers, many.pointers[:4])
 
 
-def test_mixture_takes_sources_in_order_and_fills_up(table):
-    params, mask = table.params(seed=11), jnp.ones(6, bool)
-    quotas = {"beam": 3, "sbs": 4, "policy": 4, "top_p": 2, "retrieval": 3, "sample": 6}
-    rollouts = draw(
-        sampling.sample_mixture,
-        table,
-        params,
-        mask,
-        jax.random.key(0),
-        num=24,
-        shots=2,
-        quotas=quotas,
-    )
+def test_mixture(table):
+    params, mask = table.params(seed=12, candidates=7), jnp.ones(7, bool)
+    quotas = {"beam": 5, "sbs": 6, "policy": 5, "top_p": 6, "retrieval": 2, "sample": 8}
+    adjusts = {  # what each source makes of the logits
+        "beam": lambda logits: logits,
+        "sbs": lambda logits: logits,
+        "policy": lambda logits: logits,
+        "top_p": nucleus_by_hand(0.95),
+        "sample": lambda logits: logits / 2.0,
+        "random": np.zeros_like,
+    }
+    options = {"num": 34, "shots": 2, "quotas": quotas, "temperature": 2.0, "top_p": 0.95}
+    rollouts = draw(sampling.sample_mixture, table, params, mask, jax.random.key(1), **options)
+
+    # Full, all different, sources in the order of their quotas, then what fills up.
     assert rollouts.mask.all()
-    assert len(counts(rollouts.pointers)) == 24
+    assert len(counts(rollouts.pointers)) == 34
     names = [SOURCES[source].partition("(")[0] for source in rollouts.sources.tolist()]
     order = [*quotas, "random"]
     assert names == sorted(names, key=order.index)
-    assert names.count("beam") == 3
-    assert names.count("random") >= 2
+    assert set(names) == set(order)
+    assert names.count("beam") == 5
     assert all(names.count(name) <= quota for name, quota in quotas.items())
 
-
-def test_mixture_log_probs_are_those_of_the_source(table):
-    params, mask = table.params(seed=12, candidates=8), jnp.ones(8, bool)
-    rollouts = draw(
-        sampling.sample_mixture,
-        table,
-        params,
-        mask,
-        jax.random.key(1),
-        num=32,
-        shots=2,
-        temperature=2.0,
-        top_p=0.6,
-        quotas={"retrieval": 2, "sample": 8, "top_p": 8, "beam": 6, "sbs": 6},
-    )
-    adjusts = {
-        "sample": lambda logits: logits / 2.0,
-        "top_p": nucleus_by_hand(0.6),
-        "beam": lambda logits: logits,
-        "sbs": lambda logits: logits,
-        "random": np.zeros_like,
+    # Log-probabilities are the source's own.
+    expected = {
+        name: table.enumerate(params, np.asarray(mask), adjust=adjust)
+        for name, adjust in adjusts.items()
     }
-    seen = set()
-    for pointer, log_prob, source in zip(*map(np.asarray, rollouts[:3])):
-        name = SOURCES[source].partition("(")[0]
-        seen.add(name)
-        if name == "retrieval":
-            assert log_prob == 0.0
-            continue
-        expected = table.enumerate(params, np.asarray(mask), adjust=adjusts[name])
-        np.testing.assert_allclose(log_prob, np.log(expected[tuple(pointer.tolist())]), atol=1e-5)
-    assert seen == {"retrieval", *adjusts}
+    for name, pointer, log_prob in zip(names, rollouts.pointers.tolist(), rollouts.log_probs):
+        wanted = 0.0 if name == "retrieval" else np.log(expected[name][tuple(pointer)])
+        np.testing.assert_allclose(log_prob, wanted, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_source_does_not_depend_on_the_other_quotas(table):
     params, mask, key = table.params(seed=11), jnp.ones(6, bool), jax.random.key(0)
     alone, mixed = (
         draw(sampling.sample_mixture, table, params, mask, key, num=10, shots=2, quotas=quotas)
-        for quotas in ({"sbs": 4}, {"sbs": 4, "beam": 4})
+        for quotas in ({"random": 4}, {"random": 4, "beam": 4})
     )
     np.testing.assert_array_equal(alone.pointers[:4], mixed.pointers[:4])
 

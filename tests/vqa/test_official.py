@@ -342,10 +342,10 @@ def test_an_id_that_the_wire_cannot_carry(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"num_train": -1}, "--num_train=-1 is negative"),
+        ({"num_train": -1}, "--num_queries=-1 is negative"),
         ({"num_eval": -1}, "--num_eval=-1 is negative"),
         ({"max_bank": 0}, "--max_bank=0"),
-        ({"num_train": 5}, "--num_train=5 and --num_eval=2 .* exceed the 6 questions in .*query"),
+        ({"num_train": 5}, "--num_queries=5 and --num_eval=2 .* exceed the 6 questions in .*query"),
     ],
 )
 def test_numbers_that_cannot_be(world, changes, message):
