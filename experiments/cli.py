@@ -7,8 +7,9 @@ from absl import app, flags
 
 from lever_jax.errors import InputError as PolicyInputError
 from qwen_bridge.errors import InputError as BridgeInputError
+from qwen_bridge.scheduler import WorkerError
 
-BAD_INPUT, INTERRUPTED = 2, 130
+FAILED, BAD_INPUT, INTERRUPTED = 1, 2, 130
 
 
 def run(main) -> None:
@@ -25,6 +26,9 @@ def run(main) -> None:
         except (PolicyInputError, BridgeInputError) as error:
             _say(f"error: {error}")
             sys.exit(BAD_INPUT)
+        except WorkerError as error:
+            _say(f"error: {error}; what was finished is kept, and the same command goes on")
+            sys.exit(FAILED)
         except KeyboardInterrupt:
             _say("stopped; what was finished is kept, and the same command goes on from there")
             sys.exit(INTERRUPTED)
