@@ -5,7 +5,6 @@
 Does phases 1 to 4 of `experiments.train`; a later `train` in the same workdir goes on from there.
 """
 
-import pathlib
 import time
 
 from experiments import cli, settings
@@ -18,8 +17,7 @@ from experiments.train import make_data, print_costs
 def main():
     started = time.monotonic()
     settings.check()
-    workdir = pathlib.Path(settings.WORKDIR.value)
-    workdir.mkdir(parents=True, exist_ok=True)
+    workdir = settings.make_workdir()
     stage(f"open: {workdir}")
     with open_session(workdir) as session:
         settings.save_flags(workdir)

@@ -25,15 +25,27 @@ PHASES = ("warmup", "rce", "grpo")
 _DATASETS = ("digits", "official", "jsonl")
 
 WORKDIR = flags.DEFINE_string("workdir", "runs/digits", "Folder of everything a run writes.")
-SEED = flags.DEFINE_integer("seed", 0, "Seed of the selector's start and of all sampling.")
+SEED = flags.DEFINE_integer(
+    "seed", 0, "Seed of the selector's start and of all sampling.", lower_bound=0
+)
 
 # --- data -------------------------------------------------------------------------------------
 DATASET = flags.DEFINE_enum("dataset", "digits", _DATASETS, "Embedded, official JSON, or JSONL.")
-WORLD_SEED = flags.DEFINE_integer("world_seed", 0, "Which digits world: colours and languages.")
-BANK_SIZE = flags.DEFINE_integer("bank_size", 1600, "Demonstrations of the digits world.")
-NUM_QUERIES = flags.DEFINE_integer("num_queries", 600, "Training queries; start with 50 and grow.")
-NUM_EVAL = flags.DEFINE_integer("num_eval", 400, "Evaluation queries, on other images.")
-MAX_BANK = flags.DEFINE_integer("max_bank", None, "Demonstrations drawn by seed; default all.")
+WORLD_SEED = flags.DEFINE_integer(
+    "world_seed", 0, "Which digits world: colours and languages.", lower_bound=0
+)
+BANK_SIZE = flags.DEFINE_integer(
+    "bank_size", 1600, "Demonstrations of the digits world.", lower_bound=1
+)
+NUM_QUERIES = flags.DEFINE_integer(
+    "num_queries", 600, "Training queries; start with 50 and grow.", lower_bound=1
+)
+NUM_EVAL = flags.DEFINE_integer(
+    "num_eval", 400, "Evaluation queries, on other images.", lower_bound=1
+)
+MAX_BANK = flags.DEFINE_integer(
+    "max_bank", None, "Demonstrations drawn by seed; default all.", lower_bound=1
+)
 for _split in ("bank", "query"):
     flags.DEFINE_string(f"{_split}_questions", "", f"Official JSON: questions of the {_split}.")
     flags.DEFINE_string(f"{_split}_annotations", "", f"Official JSON: answers of the {_split}.")
@@ -49,8 +61,12 @@ IMAGE_PATTERN = flags.DEFINE_string(
 MODEL = flags.DEFINE_string("model", "", "Qwen2.5-VL checkpoint folder; empty is the embedded one.")
 DEVICE = flags.DEFINE_string("device", "auto", "auto, cpu, cuda or cuda:N, for the VLM.")
 DTYPE = flags.DEFINE_enum("dtype", "auto", ("auto", "float32", "bfloat16"), "auto: by device.")
-MIN_PIXELS = flags.DEFINE_integer("min_pixels", None, "Enlarge images to so many pixels.")
-MAX_PIXELS = flags.DEFINE_integer("max_pixels", None, "Shrink images to so many pixels.")
+MIN_PIXELS = flags.DEFINE_integer(
+    "min_pixels", None, "Enlarge images to so many pixels.", lower_bound=1
+)
+MAX_PIXELS = flags.DEFINE_integer(
+    "max_pixels", None, "Shrink images to so many pixels.", lower_bound=1
+)
 PROMPT_STYLE = flags.DEFINE_enum("prompt_style", "chat", ("chat", "inline"), "Layout of prompts.")
 INSTRUCTION = flags.DEFINE_string("instruction", "", "A line after every question.")
 SCORER = flags.DEFINE_enum("scorer", "trie", ("trie", "reference"), "Fast, or plain and slow.")
@@ -60,21 +76,45 @@ ANSWER_WEIGHT = flags.DEFINE_enum(
 GT_PROB = flags.DEFINE_enum(
     "gt_prob", "product", ("product", "mean_token"), "P(a); mean_token is not a probability."
 )
-MAX_NEW_TOKENS = flags.DEFINE_integer("max_new_tokens", 10, "Longest generated answer, tokens.")
-WORKERS = flags.DEFINE_integer("workers", 1, "VLM processes; one a GPU.")
-THREADS = flags.DEFINE_integer("threads", 0, "CPU threads of each; 0 shares the cores.")
-SCORE_BATCH = flags.DEFINE_integer("score_batch", 256, "Prompts in one request to a worker.")
-BATCH_TOKENS = flags.DEFINE_integer("batch_tokens", 8192, "Tokens of a forward pass of the VLM.")
-CACHE_MIB = flags.DEFINE_integer("cache_mib", 1024, "Memory of cached prompt prefixes, MiB.")
-DEADLINE_S = flags.DEFINE_float("deadline_s", 600.0, "A request that takes longer has hung.")
+MAX_NEW_TOKENS = flags.DEFINE_integer(
+    "max_new_tokens", 10, "Longest generated answer, tokens.", lower_bound=1
+)
+WORKERS = flags.DEFINE_integer("workers", 1, "VLM processes; one a GPU.", lower_bound=1)
+THREADS = flags.DEFINE_integer(
+    "threads", 0, "CPU threads of each; 0 shares the cores.", lower_bound=0
+)
+SCORE_BATCH = flags.DEFINE_integer(
+    "score_batch", 256, "Prompts in one request to a worker.", lower_bound=1
+)
+BATCH_TOKENS = flags.DEFINE_integer(
+    "batch_tokens", 8192, "Tokens of a forward pass of the VLM.", lower_bound=1
+)
+CACHE_MIB = flags.DEFINE_integer(
+    "cache_mib", 1024, "Memory of cached prompt prefixes, MiB.", lower_bound=0
+)
+DEADLINE_S = flags.DEFINE_float(
+    "deadline_s", 600.0, "A request that takes longer has hung.", lower_bound=0.001
+)
 
 # --- pools and selector -----------------------------------------------------------------------
-POOL_SIZE = flags.DEFINE_integer("pool_size", 32, "K, candidates of a query.")
-IMAGE_WEIGHT = flags.DEFINE_float("image_weight", 1.0, "Weight of image similarity, >= 0.")
-QUESTION_WEIGHT = flags.DEFINE_float("question_weight", 1.0, "Weight of question similarity.")
-RANDOM_SHARE = flags.DEFINE_float("random_share", 0.0, "Share of a pool drawn at random, [0, 1].")
+POOL_SIZE = flags.DEFINE_integer("pool_size", 32, "K, candidates of a query.", lower_bound=1)
+IMAGE_WEIGHT = flags.DEFINE_float(
+    "image_weight", 1.0, "Weight of image similarity, >= 0.", lower_bound=0.0
+)
+QUESTION_WEIGHT = flags.DEFINE_float(
+    "question_weight", 1.0, "Weight of question similarity.", lower_bound=0.0
+)
+RANDOM_SHARE = flags.DEFINE_float(
+    "random_share",
+    0.0,
+    "Share of a pool drawn at random, [0, 1].",
+    lower_bound=0.0,
+    upper_bound=1.0,
+)
 SHOTS = flags.DEFINE_list("shots", ["1", "2"], "Numbers of demonstrations evaluated, 1 to 8.")
-TRAIN_SHOTS = flags.DEFINE_integer("train_shots", 0, "S in training; 0 is the largest of --shots.")
+TRAIN_SHOTS = flags.DEFINE_integer(
+    "train_shots", 0, "S in training; 0 is the largest of --shots.", lower_bound=0
+)
 WIDTH = flags.DEFINE_integer("width", 64, "Width of the selector.")
 LAYERS = flags.DEFINE_integer("layers", 1, "Set-encoder layers of the selector.")
 HEADS = flags.DEFINE_integer("heads", 4, "Attention heads of the selector.")
@@ -83,18 +123,32 @@ HEADS = flags.DEFINE_integer("heads", 4, "Attention heads of the selector.")
 WARMUP = flags.DEFINE_enum(
     "warmup", "search", ("search", "none"), "Warm-up data, or a random start."
 )
-WARMUP_QUERIES = flags.DEFINE_integer("warmup_queries", 150, "Training queries that are searched.")
-WARMUP_BEAM = flags.DEFINE_integer("warmup_beam", 6, "Pointers kept at each level of the search.")
-WARMUP_TARGETS = flags.DEFINE_integer("warmup_targets", 4, "Best pointers a query to imitate.")
-WARMUP_EPOCHS = flags.DEFINE_integer("warmup_epochs", 15, "Passes over the searched queries.")
-PROPOSALS = flags.DEFINE_integer("proposals", 64, "Pointers scored a query in stage A.")
+WARMUP_QUERIES = flags.DEFINE_integer(
+    "warmup_queries", 150, "Training queries that are searched.", lower_bound=1
+)
+WARMUP_BEAM = flags.DEFINE_integer(
+    "warmup_beam", 6, "Pointers kept at each level of the search.", lower_bound=1
+)
+WARMUP_TARGETS = flags.DEFINE_integer(
+    "warmup_targets", 4, "Best pointers a query to imitate.", lower_bound=1
+)
+WARMUP_EPOCHS = flags.DEFINE_integer(
+    "warmup_epochs", 15, "Passes over the searched queries.", lower_bound=0
+)
+PROPOSALS = flags.DEFINE_integer(
+    "proposals", 64, "Pointers scored a query in stage A.", lower_bound=1
+)
 QUOTAS = flags.DEFINE_list(
     "quotas",
     ["beam:12", "sample:20", "top_p:12", "retrieval:4", "random:16"],
     "Proposals by source; what they leave open is random.",
 )
-TEMPERATURE = flags.DEFINE_float("temperature", 1.0, "Of the source `sample`, > 0.")
-TOP_P = flags.DEFINE_float("top_p", 0.9, "Of the source `top_p`, (0, 1].")
+TEMPERATURE = flags.DEFINE_float(
+    "temperature", 1.0, "Of the source `sample`, > 0.", lower_bound=1e-06
+)
+TOP_P = flags.DEFINE_float(
+    "top_p", 0.9, "Of the source `top_p`, (0, 1].", lower_bound=1e-06, upper_bound=1.0
+)
 VERIFY_BEST = flags.DEFINE_integer("verify_best", 12, "Best proposals answered in stage B.")
 VERIFY_LOW = flags.DEFINE_integer("verify_low", 8, "Lowest proposals answered for contrast.")
 
@@ -108,41 +162,95 @@ SIMILARITY_WEIGHT = flags.DEFINE_float("similarity_weight", 0.0, "Shaping of wro
 
 # --- health -----------------------------------------------------------------------------------
 MAX_ZERO_POSITIVE = flags.DEFINE_float(
-    "max_zero_positive", 0.1, "GRPO starts only if at most this share of queries has no positive."
+    "max_zero_positive",
+    0.1,
+    "GRPO starts only if at most this share of queries has no positive.",
+    lower_bound=0.0,
+    upper_bound=1.0,
 )
 MIN_SPEARMAN = flags.DEFINE_float(
-    "min_spearman", 0.3, "GRPO starts only if gt_prob and accuracy correlate at least so much."
+    "min_spearman",
+    0.3,
+    "GRPO starts only if gt_prob and accuracy correlate at least so much.",
+    lower_bound=-1.0,
+    upper_bound=1.0,
 )
 FORCE_GRPO = flags.DEFINE_bool("force_grpo", False, "Start GRPO whatever the health check says.")
 
 # --- RCE and GRPO -----------------------------------------------------------------------------
-RCE_EPOCHS = flags.DEFINE_integer("rce_epochs", 20, "Passes of RCE over the mined groups.")
-GRPO_EPOCHS = flags.DEFINE_integer("grpo_epochs", 5, "Passes of GRPO over the training queries.")
-GRPO_UPDATES = flags.DEFINE_integer("grpo_updates", 2, "Passes over the groups of a round.")
-GRPO_QUERIES = flags.DEFINE_integer("grpo_queries", 200, "Queries of an on-policy round.")
-GROUP_SIZE = flags.DEFINE_integer("group_size", 8, "G, pointers drawn a query in GRPO.")
-BATCH_QUERIES = flags.DEFINE_integer("batch_queries", 50, "Query groups of an optimiser step.")
-WARMUP_RATE = flags.DEFINE_float("warmup_learning_rate", 1e-3, "AdamW's peak rate in warm-up.")
-RCE_RATE = flags.DEFINE_float("rce_learning_rate", 1e-3, "AdamW's peak rate in RCE.")
-GRPO_RATE = flags.DEFINE_float("grpo_learning_rate", 3e-4, "AdamW's peak rate in GRPO.")
-TAU = flags.DEFINE_float("tau", 1.0, "Temperature of RCE's softmax over rewards, > 0.")
+RCE_EPOCHS = flags.DEFINE_integer(
+    "rce_epochs", 20, "Passes of RCE over the mined groups.", lower_bound=0
+)
+GRPO_EPOCHS = flags.DEFINE_integer(
+    "grpo_epochs", 5, "Passes of GRPO over the training queries.", lower_bound=0
+)
+GRPO_UPDATES = flags.DEFINE_integer(
+    "grpo_updates", 2, "Passes over the groups of a round.", lower_bound=1
+)
+GRPO_QUERIES = flags.DEFINE_integer(
+    "grpo_queries", 200, "Queries of an on-policy round.", lower_bound=1
+)
+GROUP_SIZE = flags.DEFINE_integer(
+    "group_size", 8, "G, pointers drawn a query in GRPO.", lower_bound=2
+)
+BATCH_QUERIES = flags.DEFINE_integer(
+    "batch_queries", 50, "Query groups of an optimiser step.", lower_bound=1
+)
+WARMUP_RATE = flags.DEFINE_float(
+    "warmup_learning_rate", 1e-3, "AdamW's peak rate in warm-up.", lower_bound=0.0
+)
+RCE_RATE = flags.DEFINE_float(
+    "rce_learning_rate", 1e-3, "AdamW's peak rate in RCE.", lower_bound=0.0
+)
+GRPO_RATE = flags.DEFINE_float(
+    "grpo_learning_rate", 3e-4, "AdamW's peak rate in GRPO.", lower_bound=0.0
+)
+TAU = flags.DEFINE_float(
+    "tau", 1.0, "Temperature of RCE's softmax over rewards, > 0.", lower_bound=1e-06
+)
 ADVANTAGE = flags.DEFINE_enum("advantage", "group", tuple(ADVANTAGES), "Baseline of a group.")
-CLIP_LOW = flags.DEFINE_float("clip_low", 0.2, "GRPO clips the ratio below at 1 - clip_low.")
-CLIP_HIGH = flags.DEFINE_float("clip_high", 0.28, "GRPO clips the ratio above at 1 + clip_high.")
-KL_COEF = flags.DEFINE_float("kl_coef", 0.02, "Weight of the KL to the policy after RCE.")
-MIN_RANGE = flags.DEFINE_float("min_range", 1e-3, "Groups whose rewards span less are flat.")
+CLIP_LOW = flags.DEFINE_float(
+    "clip_low", 0.2, "GRPO clips the ratio below at 1 - clip_low.", lower_bound=0.0
+)
+CLIP_HIGH = flags.DEFINE_float(
+    "clip_high", 0.28, "GRPO clips the ratio above at 1 + clip_high.", lower_bound=0.0
+)
+KL_COEF = flags.DEFINE_float(
+    "kl_coef", 0.02, "Weight of the KL to the policy after RCE.", lower_bound=0.0
+)
+MIN_RANGE = flags.DEFINE_float(
+    "min_range", 1e-3, "Groups whose rewards span less are flat.", lower_bound=0.0
+)
 VERIFY = flags.DEFINE_enum("verify", "all", VERIFY, "Which on-policy draws are answered.")
 
 # --- evaluation -------------------------------------------------------------------------------
 METRIC = flags.DEFINE_enum("metric", "normalized", tuple(METRICS), "VQA accuracy mode reported.")
-RANDOM_SEEDS = flags.DEFINE_integer("random_seeds", 3, "Random picks averaged a query.")
-MMR_TRADE_OFF = flags.DEFINE_float("mmr_trade_off", 0.7, "1 is plain similarity, [0, 1].")
+RANDOM_SEEDS = flags.DEFINE_integer(
+    "random_seeds", 3, "Random picks averaged a query.", lower_bound=1
+)
+MMR_TRADE_OFF = flags.DEFINE_float(
+    "mmr_trade_off", 0.7, "1 is plain similarity, [0, 1].", lower_bound=0.0, upper_bound=1.0
+)
 ORACLE_BEAM = flags.DEFINE_integer(
-    "oracle_beam", 6, "Width of the oracle's search; 0 leaves it out."
+    "oracle_beam", 6, "Width of the oracle's search; 0 leaves it out.", lower_bound=0
 )
 
 # Flags that say where or how to run, not what: a run may be continued with others.
 _NOT_ADOPTED = frozenset({"workdir", "flagfile", "undefok", "device", "workers", "threads"})
+
+
+def make_workdir() -> pathlib.Path:
+    """Makes the folder of the run.
+
+    Raises:
+      InputError: it cannot be made or written.
+    """
+    workdir = pathlib.Path(WORKDIR.value)
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"--workdir={workdir} cannot be made: {error.strerror}") from None
+    return workdir
 
 
 def own_flags() -> dict[str, str]:
@@ -184,6 +292,8 @@ def evaluated_shots() -> tuple[int, ...]:
         shots = tuple(dict.fromkeys(int(text) for text in SHOTS.value))
     except ValueError:
         raise InputError(f"--shots={','.join(SHOTS.value)} must be whole numbers") from None
+    if not shots:
+        raise InputError("--shots is empty; give numbers such as --shots=1,2")
     for value in (*shots, train_shots(shots)):
         if not 1 <= value <= 8:
             raise InputError(f"--shots={value} is out of range; shots go from 1 to 8")
@@ -192,8 +302,6 @@ def evaluated_shots() -> tuple[int, ...]:
                 f"--shots={value} exceeds --pool_size={POOL_SIZE.value}; "
                 "lower it or enlarge the pool"
             )
-    if not shots:
-        raise InputError("--shots is empty; give numbers such as --shots=1,2")
     return shots
 
 

@@ -30,7 +30,8 @@ def print_health(health: dict[str, Any]) -> None:
         side = "left" if column == "figure" else "right"
         table.add_column(column, justify=side, no_wrap=True)
     for name in SHOWN:
-        table.add_row(name, number(health[name]), interval(health["ci95"].get(name)))
+        shown = f"{name} (verified candidates)" if name == "positive_rate" else name
+        table.add_row(shown, number(health[name]), interval(health["ci95"].get(name)))
     spread = health["positives_per_query"]
     table.add_row("positives_per_query", " / ".join(number(v) for v in spread.values()), "")
     for source, entry in health["by_source"].items():

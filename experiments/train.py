@@ -12,7 +12,6 @@ Phases, in order; each is skipped where an earlier run in the same workdir finis
   7. evaluate every method on held-out queries: eval.json and the table
 """
 
-import pathlib
 import time
 
 import numpy as np
@@ -27,8 +26,7 @@ from experiments.tables import print_evaluation, print_health
 def main():
     started = time.monotonic()
     settings.check()
-    workdir = pathlib.Path(settings.WORKDIR.value)
-    workdir.mkdir(parents=True, exist_ok=True)
+    workdir = settings.make_workdir()
     stage(f"open: {workdir}")
     with open_session(workdir) as session:
         settings.save_flags(workdir)

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from qwen_bridge.errors import InputError
-from qwen_bridge.prompts import PromptBuilder
+from qwen_bridge.prompts import PromptBuilder, PromptError
 from qwen_bridge.vision import VisionCache
 
 
@@ -48,9 +48,14 @@ class Embedder:
           float32 `[N, dim]`; columns as `parts` says.
 
         Raises:
-          InputError: an image cannot be read.
-          PromptError: a text holds a special token.
+          InputError: an image cannot be read, or a text holds a special token.
         """
+        try:
+            return self._embed(examples, kind)
+        except PromptError as error:
+            raise InputError(f"{error}; change the text or leave the example out") from error
+
+    def _embed(self, examples, kind: str) -> np.ndarray:
         out = np.zeros((len(examples), self.dim), np.float32)
         features, failed = self._vision.fetch([example.image for example in examples])
         if failed:

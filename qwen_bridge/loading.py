@@ -14,6 +14,16 @@ from qwen_bridge.vision import batch_equal_windows
 
 TINY_QWEN = pathlib.Path(__file__).parent / "tiny_qwen"
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+# What the libraries raise over a damaged or foreign folder.
+_UNUSABLE = (
+    OSError,
+    ValueError,
+    TypeError,
+    AttributeError,
+    RuntimeError,
+    KeyError,
+    SafetensorError,
+)
 _HASH_WHOLE = 256 << 20  # bytes; of larger weight files only samples are hashed
 _HASH_SAMPLES = 64
 
@@ -91,8 +101,10 @@ def load_model(
             local_files_only=True,
             **{name: value for name, value in sizes.items() if value is not None},
         )
-    except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
+    except _UNUSABLE as error:
         line = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
+        if "ignore_mismatched_sizes" in line:
+            line = "weights of other shapes than config.json says"
         raise InputError(f"--model={path} cannot be loaded: {line}") from error
     wrong = sorted(report["missing_keys"]) + sorted(report["mismatched_keys"])
     if wrong:

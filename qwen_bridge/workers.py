@@ -6,6 +6,7 @@ of the store.
 """
 
 import os
+import re
 
 import torch
 from transformers.utils import logging
@@ -96,7 +97,7 @@ def _device(name: str) -> str:
             return "cpu"
         # One worker a GPU: the bridge numbers its workers.
         return f"cuda:{int(os.environ.get('QWEN_BRIDGE_WORKER', 0)) % torch.cuda.device_count()}"
-    if name.partition(":")[0] not in ("cpu", "cuda"):
+    if not re.fullmatch(r"cpu|cuda(:\d+)?", name):
         raise InputError(f"--device={name} is not auto, cpu, cuda or cuda:N")
     if name.startswith("cuda") and not torch.cuda.is_available():
         raise InputError(f"--device={name}: this torch sees no GPU; use --device=cpu")

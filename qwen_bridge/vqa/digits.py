@@ -163,9 +163,9 @@ def load_digits_world(config: DigitsConfig) -> Dataset:
     Raises:
       InputError: a size or share out of range.
     """
-    for name in ("bank", "train", "eval"):
+    for name, flag in (("bank", "bank_size"), ("train", "num_queries"), ("eval", "num_eval")):
         if getattr(config, name) < 1:
-            raise InputError(f"--{name}_size={getattr(config, name)} must be at least 1")
+            raise InputError(f"--{flag}={getattr(config, name)} must be at least 1")
     if not 0 <= config.foreign < 1:
         raise InputError(f"--foreign={config.foreign} must lie in [0, 1)")
     root = np.random.default_rng([config.seed, 0])

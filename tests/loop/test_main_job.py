@@ -113,6 +113,12 @@ def test_evaluation_in_a_new_process_prints_the_same_numbers(trained, tmp_path):
         ("train", ["--quotas=beam"], ["--quotas", "source:count"]),
         ("train", ["--quotas=magic:3"], ["magic", "beam"]),
         ("train", ["--dataset=official"], ["--dataset=official needs --bank_questions"]),
+        ("train", ["--batch_queries=0"], ["--batch_queries=0", "positive"]),
+        ("train", ["--group_size=1"], ["group_size", "2"]),
+        ("train", ["--seed=-1"], ["seed", "non-negative"]),
+        ("train", ["--tau=0"], ["tau"]),
+        ("train", ["--shots="], ["--shots is empty"]),
+        ("train", ["--device=cpu:x"], ["--device=cpu:x"]),
         ("evaluate", [], ["holds no run"]),
     ],
 )
