@@ -41,7 +41,7 @@ def _parse(argv):
         return flags.FLAGS(argv)
     except flags.Error as error:
         message = " ".join(str(error).split())
-        _say(f"error: {message}; see --helpshort")
+        _say(f"error: {message}; see --helpfull")
         sys.exit(BAD_INPUT)
 
 

@@ -17,7 +17,9 @@ from experiments.tables import print_evaluation
 from lever_jax.errors import InputError
 
 PHASE = flags.DEFINE_enum("phase", None, settings.PHASES, "Evaluate this phase only; default all.")
-OUT = flags.DEFINE_string("out", None, "JSON file of the result; default WORKDIR/eval.json.")
+OUT = flags.DEFINE_string(
+    "out", None, "JSON file of the result; default WORKDIR/eval.json, or eval_PHASE.json."
+)
 
 
 def main():
@@ -38,7 +40,9 @@ def main():
         note(f"restored {', '.join(wanted) or 'nothing'}")
         stage("evaluate: every method on held-out queries")
         result = phases.evaluate_phases(session, selectors)
-        out = pathlib.Path(OUT.value) if OUT.value else workdir / "eval.json"
+        # A part of the phases does not overwrite the whole run's table.
+        name = f"eval_{PHASE.value}.json" if PHASE.value else "eval.json"
+        out = pathlib.Path(OUT.value) if OUT.value else workdir / name
         phases.write_json(out, result)
         print_evaluation(result)
         note(f"written to {out}")

@@ -77,6 +77,8 @@ def load_model(
     ):
         if not any(folder.glob(pattern)):
             raise InputError(f"--model={path}: no {what} ({pattern}) in {folder}")
+    if not ((folder / "tokenizer.json").exists() or (folder / "vocab.json").exists()):
+        raise InputError(f"--model={path}: no tokenizer.json and no vocab.json in {folder}")
     if dtype not in _DTYPES:
         raise InputError(f"--dtype={dtype} is not one of {', '.join(_DTYPES)}")
     try:
@@ -106,9 +108,13 @@ def load_model(
         if "ignore_mismatched_sizes" in line:
             line = "weights of other shapes than config.json says"
         raise InputError(f"--model={path} cannot be loaded: {line}") from error
-    wrong = sorted(report["missing_keys"]) + sorted(report["mismatched_keys"])
+    kinds = ("missing_keys", "mismatched_keys", "unexpected_keys")
+    wrong = [str(key) for kind in kinds for key in sorted(report[kind])]
     if wrong:
-        raise InputError(f"--model={path}: {len(wrong)} weights missing or misshapen: {wrong[0]}")
+        raise InputError(
+            f"--model={path}: {len(wrong)} weights missing or misshapen or not of the "
+            f"architecture in config.json: {wrong[0]}"
+        )
     model.eval().requires_grad_(False).to(device)
     batch_equal_windows(model.model.visual)
     return LoadedModel(

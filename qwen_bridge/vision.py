@@ -98,7 +98,9 @@ class VisionCache:
 
     def fetch(self, keys) -> tuple[dict[str, VisionFeatures], dict[str, str]]:
         """Returns features of the images `keys`, and a reason for each that has none."""
-        missing = [k for k in dict.fromkeys(keys) if k not in self._features | self._failed]
+        missing = [
+            k for k in dict.fromkeys(keys) if k not in self._features and k not in self._failed
+        ]
         pending, patches = [], 0
         for key in missing:
             try:
