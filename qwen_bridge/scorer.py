@@ -6,6 +6,7 @@ pass of the whole model for each prompt and answer, and the model's own `generat
 oracle of the tests; `TrieScorer` (trie_scorer.py) is the one that work is done with.
 """
 
+import abc
 import dataclasses
 from collections.abc import Sequence
 
@@ -81,7 +82,7 @@ class Generated:
     log_prob: float
 
 
-class PromptScorer:
+class PromptScorer(abc.ABC):
     """Scores prompts given as ids; subclasses supply the forward passes.
 
     Args:
@@ -167,13 +168,13 @@ class PromptScorer:
             self._fill_answer(batch, row, requests[row].query, text, float(np.exp(output.log_prob)))
         return batch
 
+    @abc.abstractmethod
     def _score_branches(self, requests: list[PromptRequest]) -> list[BranchScores]:
         """Log-probabilities of every answer branch of every prompt."""
-        raise NotImplementedError(type(self))
 
+    @abc.abstractmethod
     def _generate(self, requests: list[PromptRequest]) -> list[Generated]:
         """Greedy answers of every prompt, of at most `max_new_tokens` tokens."""
-        raise NotImplementedError(type(self))
 
     def _requests(self, queries, pointers) -> tuple[dict[int, PromptRequest], dict[int, str]]:
         """Builds the prompts; a prompt that cannot be built gets a reason instead."""
@@ -216,10 +217,11 @@ class PromptScorer:
 
     def _fill_score(self, batch, row, request, scores: BranchScores) -> None:
         branches = request.branches
-        by_mode = {"product": scores.log_probs, "mean_token": scores.mean_log_probs}
-        gt_prob, answer_log_probs = combine_forms(
-            by_mode[self._gt_prob], branches.form_answer, branches.weights
-        )
+        forms = (branches.form_answer, branches.weights)
+        gt_prob, answer_log_probs = combine_forms(scores.log_probs, *forms)
+        if self._gt_prob == "mean_token":
+            # No probability, so only the score; the answers' log-probabilities stay what they are.
+            gt_prob, _ = combine_forms(scores.mean_log_probs, *forms)
         batch.gt_prob[row] = gt_prob
         batch.answer_log_probs[row, : len(answer_log_probs)] = answer_log_probs
         best = int(np.argmax(scores.margins))

@@ -5,6 +5,7 @@ import pytest
 from sklearn.linear_model import LogisticRegression
 
 from qwen_bridge.errors import InputError
+from qwen_bridge.protocol import check_score
 from qwen_bridge.scorer import BranchScores
 from qwen_bridge.vqa.accuracy import accuracy_normalized
 from qwen_bridge.vqa.digits import QUESTIONS, border_colours
@@ -104,6 +105,16 @@ def test_mean_token_is_the_geometric_mean():
     assert scores.log_probs[0] == pytest.approx(np.log(0.125))
     assert scores.mean_log_probs[0] == pytest.approx(0.5 * np.log(0.125))
     assert scores.margins[0] == -2.0
+
+
+def test_mean_token_changes_the_score_and_not_the_probabilities(make_scorer):
+    product, mean = make_scorer(), make_scorer(gt_prob="mean_token")
+    queries, pointers = random_prompts(product, 40, seed=9)
+    ours, theirs = mean.score(queries, pointers), product.score(queries, pointers)
+    # The two scorers have other prefixes in their caches, hence rounding.
+    np.testing.assert_allclose(ours.answer_log_probs, theirs.answer_log_probs, atol=1e-4)
+    assert (ours.gt_prob >= theirs.gt_prob - 1e-6).all()
+    check_score(ours, 40)
 
 
 def test_a_bad_prompt_fails_alone(make_scorer):
