@@ -157,7 +157,10 @@ class Embedder:
             try:
                 texts = self._unique_texts([*questions, *answers])
             except PromptError as error:
-                raise InputError(f"{error}; change the text or leave the example out") from error
+                raise InputError(
+                    f"{split} example {self._unfit(examples, split)}: {error}; change the text or "
+                    "leave the example out"
+                ) from error
             self._fill(out, "question", texts[: len(questions)])
             if answers:
                 self._fill(out, "answer", texts[len(questions) :])
@@ -172,6 +175,15 @@ class Embedder:
         truths = np.stack(truths)
         norms = np.linalg.norm(truths, axis=1) * np.linalg.norm(predicted)
         return float(np.max(truths @ predicted / np.maximum(norms, 1e-12)))
+
+    def _unfit(self, examples: Sequence[Example], split: str) -> int:
+        """Id of the first example whose texts cannot be embedded."""
+        for example in examples:
+            try:
+                self.encoder.texts([example.question, *[example.answer] * (split == "bank")])
+            except PromptError:
+                return example.id
+        raise AssertionError("every example can be embedded alone")
 
     def _fill(self, out: np.ndarray, part: str, vectors: np.ndarray) -> None:
         low, high = self.parts[part]

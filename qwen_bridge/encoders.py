@@ -35,7 +35,6 @@ from qwen_bridge.embedder import Encoder, encoder_fingerprint, in_batches
 from qwen_bridge.errors import InputError
 from qwen_bridge.vision import read_images
 
-ENCODERS = ("qwen", "clip", "siglip")
 _BATCH = 64  # images or texts of a forward pass
 
 # What the libraries raise over a damaged or foreign folder.

@@ -164,7 +164,7 @@ def test_an_unreadable_image_fails_its_prompts_only(make_scorer):
     assert scores.reasons == {
         0: f"image {bad.image}: image file is truncated; mend the file or leave it out"
     }
-    with pytest.raises(InputError, match="truncated; mend the file or leave it out$"):
+    with pytest.raises(InputError, match=r"truncated; mend the file or leave it out$"):
         scorer.embed("bank", np.array([bad.id]))
 
 
