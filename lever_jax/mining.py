@@ -124,7 +124,7 @@ def mine(
     remaining = np.flatnonzero(~finished)
     for start in range(0, len(remaining), config.batch):
         rows = remaining[start : start + config.batch]
-        label = f"{stage} {start + len(rows)}/{len(remaining)} queries"
+        label = f"mining {start + len(rows)}/{len(remaining)} queries"
         drawn = proposer.mixture(
             params,
             key,
