@@ -2,6 +2,8 @@
 # .venv first. PYTHON chooses the interpreter (3.11 or newer).
 PYTHON ?= python3
 BIN := .venv/bin
+# Threads of torch that spin while they wait starve whatever else runs on the machine.
+export OMP_WAIT_POLICY := PASSIVE
 
 .PHONY: train test test-slow clean
 

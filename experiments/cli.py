@@ -1,5 +1,6 @@
 """How every entry point starts and ends: flags, one-line errors, Ctrl-C."""
 
+import logging
 import os
 import sys
 
@@ -37,6 +38,13 @@ def run(main) -> None:
 
 
 def _parse(argv):
+    # JAX tells of every kind of accelerator that it does not find.
+    logging.getLogger("jax._src.xla_bridge").setLevel(logging.ERROR)
+    # --help lists the flags of the main module: ours are its own, wherever they are defined.
+    for module, defined in flags.FLAGS.flags_by_module_dict().items():
+        if module.startswith("experiments."):
+            for flag in defined:
+                flags.FLAGS.register_key_flag_for_module(argv[0], flag)
     try:
         return flags.FLAGS(argv)
     except flags.Error as error:

@@ -21,8 +21,14 @@ class MetricsLog:
         self._path = workdir / "metrics.jsonl"
         self._events = SummaryWriter(str(workdir / "tensorboard"))
 
-    def write(self, phase: str, step: int, metrics: dict) -> dict[str, float]:
+    def write(self, phase: str, recipe: str, step: int, metrics: dict) -> dict[str, float]:
         """Writes the metrics of one step of a phase.
+
+        Args:
+          phase: its name.
+          recipe: of the phase, which tells the rows of one training from those of another.
+          step: optimiser steps done.
+          metrics: scalars by name.
 
         Returns:
           The metrics as plain floats.
@@ -36,9 +42,9 @@ class MetricsLog:
                 f"{phase}, step {step}: the loss is {values['loss']}; lower "
                 f"--{phase}_learning_rate, and look at the last lines of {self._path}"
             )
-        row = {"phase": phase, "step": step, "time": round(time.time(), 3), **values}
+        labels = {"phase": phase, "recipe": recipe, "step": step, "time": round(time.time(), 3)}
         with self._path.open("a") as stream:
-            stream.write(json.dumps(row) + "\n")
+            stream.write(json.dumps({**labels, **values}) + "\n")
         for name, value in values.items():
             self._events.add_scalar(f"{phase}/{name}", value, step)
         return values

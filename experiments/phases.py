@@ -26,6 +26,7 @@ from lever_jax.mining import mine, mined_candidates, mined_groups, on_policy_rou
 from lever_jax.proposing import Proposer, phase_key
 from lever_jax.search import search_pools
 from lever_jax.training import (
+    LOSS_FIELDS,
     GroupBatch,
     TrainState,
     batches,
@@ -45,10 +46,12 @@ class Trained:
     Attributes:
       params: the parameters.
       recipe: what decided them; equal recipes give equal parameters.
+      before: recipe of the selector that the phase started from; None for a fresh one.
     """
 
     params: Any
     recipe: str
+    before: str | None = None
 
 
 def fresh(session: Session) -> Trained:
@@ -84,17 +87,14 @@ def warm_up(session: Session, start: Trained, log: MetricsLog) -> Trained:
 
 
 def mine_data(session: Session, selector: Trained) -> None:
-    """Two-stage mining of the training queries with proposals of `selector`."""
-    stage, config = _mining_stage(), settings.mining_config()
-    by = _hash({"selector": selector.recipe, "config": dataclasses.asdict(config)})
-    before = session.store.done(stage)
-    if before is not None and before["by"] != by:
-        note(
-            "some queries were mined by another selector or with other flags, and stay so; "
-            "use another --workdir to mine them again"
-        )
+    """Two-stage mining of the training queries with proposals of `selector`.
+
+    Another selector, or another mining flag, mines under another name: what it proposes is never
+    mixed with what was there before, and scores that both ask for are shared.
+    """
+    config = settings.mining_config()
     mine(
-        stage,
+        mining_stage(selector),
         session.train,
         Proposer(session.policy, session.train.table),
         selector.params,
@@ -103,13 +103,17 @@ def mine_data(session: Session, selector: Trained) -> None:
         config,
         shots=_shots(),
     )
-    session.store.mark_done(stage, {"by": by, "queries": len(session.train)})
+    session.store.mark_done(mining_stage(selector), {"queries": len(session.train)})
 
 
 def check_health(session: Session, selector: Trained, name: str) -> dict[str, Any]:
-    """Measures the mined data against what `selector` picks; writes health.json and health.csv."""
+    """Measures what `selector` mined against what it picks; writes health.json and health.csv."""
     candidates = mined_candidates(
-        _mining_stage(), session.train, session.store, settings.reward_config()
+        mining_stage(selector),
+        session.train,
+        session.store,
+        settings.reward_config(),
+        settings.mining_config(),
     )
     picks = training_picks(session, selector, name)
     health = measure_health(
@@ -133,14 +137,19 @@ def training_picks(session: Session, selector: Trained, name: str) -> np.ndarray
 
 
 def train_rce(session: Session, start: Trained, log: MetricsLog) -> Trained:
-    """Reward-weighted cross-entropy on the mined groups."""
-    groups = mined_groups(_mining_stage(), session.train, session.store, settings.reward_config())
+    """Reward-weighted cross-entropy on the groups that `start` mined."""
+    groups = mined_groups(
+        mining_stage(start), session.train, session.store, settings.reward_config()
+    )
     epochs, rate = settings.RCE_EPOCHS.value, settings.RCE_RATE.value
     return _fit(session, "rce", "rce", start, groups, log, epochs=epochs, rate=rate)
 
 
-def train_grpo(session: Session, start: Trained, log: MetricsLog) -> Trained:
-    """GRPO from `start`, which is also the reference of the KL; resumes after the last round."""
+def train_grpo(session: Session, start: Trained, log: MetricsLog) -> Trained | None:
+    """GRPO from `start`, which is also the reference of the KL; resumes after the last round.
+
+    Returns None, and leaves no checkpoint, where every group was flat: nothing was learnt then.
+    """
     names = (
         "grpo_epochs grpo_updates grpo_queries group_size grpo_learning_rate batch_queries "
         "verify verify_best verify_low"
@@ -150,7 +159,7 @@ def train_grpo(session: Session, start: Trained, log: MetricsLog) -> Trained:
             "phase": "grpo",
             "before": start.recipe,
             "flags": {name: settings.FLAGS[name].value for name in names},
-            "loss": dataclasses.asdict(settings.loss_config()),
+            "loss": _read_by("grpo"),
             "reward": dataclasses.asdict(settings.reward_config()),
             "queries": _digest([session.train.query_ids]),
         }
@@ -158,11 +167,16 @@ def train_grpo(session: Session, start: Trained, log: MetricsLog) -> Trained:
     restored = _restored(session, "grpo", recipe)
     if restored is not None:
         return restored
+    if settings.VERIFY.value == "top_m":
+        note("--verify=top_m leaves draws out of their groups, which biases the gradient")
     params = _grpo_rounds(session, start.params, recipe, log)
-    return _save(session, "grpo", Trained(params, recipe))
+    if params is None:
+        note("GRPO: every group of every round was flat, nothing was learnt; see the health check")
+        return None
+    return _save(session, "grpo", Trained(params, recipe, start.recipe))
 
 
-def _grpo_rounds(session: Session, reference: Any, recipe: str, log: MetricsLog) -> Any:
+def _grpo_rounds(session: Session, reference: Any, recipe: str, log: MetricsLog) -> Any | None:
     count, size = len(session.train), settings.GRPO_QUERIES.value
     rounds = [
         (epoch, start)
@@ -176,11 +190,11 @@ def _grpo_rounds(session: Session, reference: Any, recipe: str, log: MetricsLog)
     )
     optimizer = make_optimizer(settings.GRPO_RATE.value, steps=steps)
     step = make_step("grpo", session.policy, optimizer, settings.loss_config())
-    state, first = init_state(reference, optimizer), 0
+    state, first, learnt = init_state(reference, optimizer), 0, False
     partial = session.workdir / "checkpoints" / "grpo_partial"
     if checkpoint.exists(partial) and checkpoint.read_metadata(partial)["recipe"] == recipe:
         state, metadata = checkpoint.restore(partial, state)
-        first = metadata["round"]
+        first, learnt = metadata["round"], metadata["learnt"]
         note(f"resumed after round {first} of {len(rounds)}")
     proposer = Proposer(session.policy, session.train.table)
     key = phase_key(settings.SEED.value, "grpo")
@@ -214,14 +228,15 @@ def _grpo_rounds(session: Session, reference: Any, recipe: str, log: MetricsLog)
             for batch in batches(groups, batch_size, seed):
                 state, metrics = step(state, reference, session.train.table, batch)
                 metrics = {**jax.device_get(metrics), **drawn}
-                rows.append(log.write("grpo", int(state.step), metrics))
+                rows.append(log.write("grpo", recipe, int(state.step), metrics))
         flat, kl, entropy = (np.mean([r[n] for r in rows]) for n in ("flat_share", "kl", "entropy"))
         note(
             f"round {i + 1}: samples {drawn['sample_accuracy']:.3f} right, {flat:.0%} of groups "
             f"flat and dropped, KL {kl:.3f}, entropy {entropy:.2f} nats"
         )
-        checkpoint.save(partial, state, {"recipe": recipe, "round": i + 1})
-    return state.params
+        learnt |= any(row["flat_share"] < 1 for row in rows)
+        checkpoint.save(partial, state, {"recipe": recipe, "round": i + 1, "learnt": learnt})
+    return state.params if learnt else None
 
 
 def evaluate_phases(session: Session, selectors: dict[str, Trained]) -> dict[str, Any]:
@@ -241,13 +256,29 @@ def restore_phase(session: Session, name: str) -> Trained:
     path = session.workdir / "checkpoints" / name
     abstract = {"params": jax.eval_shape(session.init, jax.random.key(0))}
     tree, metadata = checkpoint.restore(path, abstract)
-    return Trained(tree["params"], metadata["recipe"])
+    return Trained(tree["params"], metadata["recipe"], metadata.get("before"))
 
 
 def finished_phases(session: Session) -> list[str]:
-    """Names of the phases that have a checkpoint, in order."""
-    folder = session.workdir / "checkpoints"
-    return [name for name in settings.PHASES if checkpoint.exists(folder / name)]
+    """Names of the phases that have a checkpoint, in order, as far as each starts from the last.
+
+    A checkpoint that was trained from an earlier version of the phase before it is left out, and
+    the run says so: it belongs to no selector of this run.
+    """
+    folder, finished, recipe = session.workdir / "checkpoints", [], None
+    for name in settings.PHASES:
+        if not checkpoint.exists(folder / name) or settings.left_out(name):
+            continue
+        metadata = checkpoint.read_metadata(folder / name)
+        if recipe is not None and metadata.get("before") != recipe:
+            note(
+                f"{name} was trained from an earlier {finished[-1]} and is left out; train again "
+                "to go on from the present one"
+            )
+            break
+        recipe = metadata["recipe"]
+        finished.append(name)
+    return finished
 
 
 def write_json(path, content) -> None:
@@ -274,6 +305,7 @@ def _save(session: Session, name: str, trained: Trained) -> Trained:
     metadata = {
         "phase": name,
         "recipe": trained.recipe,
+        "before": trained.before,
         "selector": dataclasses.asdict(settings.selector_config()),
         "parts": {part: list(span) for part, span in session.parts.items()},
         "embedding_dim": session.environment.hello["embedding_dim"],
@@ -309,7 +341,7 @@ def _fit(
             "phase": name,
             "before": start.recipe,
             "groups": _digest(groups),
-            "loss": dataclasses.asdict(settings.loss_config()),
+            "loss": _read_by(kind),
             "training": [epochs, rate, size],
         }
     )
@@ -328,10 +360,10 @@ def _fit(
                 totals.append(metrics)
                 advance(1)
             means = {n: np.mean([float(t[n]) for t in totals]) for n in totals[0]}
-            log.write(name, int(state.step), means)
+            log.write(name, recipe, int(state.step), means)
     if epochs:
         note(f"{name}: loss {means['loss']:.3f} nats, entropy {means['entropy']:.2f} nats")
-    return _save(session, name, Trained(state.params, recipe))
+    return _save(session, name, Trained(state.params, recipe, start.recipe))
 
 
 def _targets(rows, found, count: int, shots: int) -> GroupBatch:
@@ -356,9 +388,17 @@ def _shots() -> int:
     return settings.train_shots(settings.evaluated_shots())
 
 
-def _mining_stage() -> str:
-    """Name under which the store keeps what was mined; pointers of one length only."""
-    return f"{MINING}_{_shots()}_shots"
+def mining_stage(selector: Trained) -> str:
+    """Name under which the store keeps what `selector` proposed; pointers of one length only."""
+    config = dataclasses.asdict(settings.mining_config())
+    by = _hash({"selector": selector.recipe, "config": config, "seed": settings.SEED.value})
+    return f"{MINING}_{_shots()}_shots_{by}"
+
+
+def _read_by(kind: str) -> dict[str, Any]:
+    """The settings that a loss reads: those of another phase do not change its recipe."""
+    config = dataclasses.asdict(settings.loss_config())
+    return {name: config[name] for name in LOSS_FIELDS[kind]}
 
 
 def _digest(arrays) -> str:

@@ -5,6 +5,7 @@ with to `flags.txt` in its workdir; entry points that continue a run adopt them 
 what is given on the command line wins.
 """
 
+import math
 import pathlib
 
 from absl import flags
@@ -163,6 +164,9 @@ TOP_P = flags.DEFINE_float(
 )
 VERIFY_BEST = flags.DEFINE_integer("verify_best", 12, "Best proposals answered in stage B.")
 VERIFY_LOW = flags.DEFINE_integer("verify_low", 8, "Lowest proposals answered for contrast.")
+VERIFY_UNIFORM = flags.DEFINE_integer(
+    "verify_uniform", 4, "Proposals answered a query, drawn uniformly, for the health figures."
+)
 
 # --- reward -----------------------------------------------------------------------------------
 REWARD_MODE = flags.DEFINE_enum(
@@ -233,7 +237,9 @@ KL_COEF = flags.DEFINE_float(
 MIN_RANGE = flags.DEFINE_float(
     "min_range", 1e-3, "Groups whose rewards span less are flat.", lower_bound=0.0
 )
-VERIFY = flags.DEFINE_enum("verify", "all", VERIFY, "Which on-policy draws are answered.")
+VERIFY = flags.DEFINE_enum(
+    "verify", "all", VERIFY, "On-policy draws answered: all, or --verify_best and --verify_low."
+)
 
 # --- evaluation -------------------------------------------------------------------------------
 METRIC = flags.DEFINE_enum("metric", "normalized", tuple(METRICS), "VQA accuracy mode reported.")
@@ -272,8 +278,12 @@ def own_flags() -> dict[str, str]:
 
 
 def save_flags(workdir: pathlib.Path) -> None:
-    """Writes the flags as run; `--flagfile=WORKDIR/flags.txt` repeats the run."""
-    lines = [line for line in own_flags().values() if line]
+    """Writes the flags as run; `--flagfile=WORKDIR/flags.txt` repeats the run.
+
+    S of training is written as a number, so that evaluating other shots does not change it.
+    """
+    resolved = f"--train_shots={train_shots(evaluated_shots())}"
+    lines = [line for line in {**own_flags(), "train_shots": resolved}.values() if line]
     (workdir / "flags.txt").write_text("\n".join([f"--workdir={workdir}", *lines]) + "\n")
 
 
@@ -306,15 +316,20 @@ def evaluated_shots() -> tuple[int, ...]:
         raise InputError(f"--shots={','.join(SHOTS.value)} must be whole numbers") from None
     if not shots:
         raise InputError("--shots is empty; give numbers such as --shots=1,2")
-    for value in (*shots, train_shots(shots)):
+    for name, value in [("shots", n) for n in shots] + [("train_shots", train_shots(shots))]:
         if not 1 <= value <= 8:
-            raise InputError(f"--shots={value} is out of range; shots go from 1 to 8")
+            raise InputError(f"--{name}={value} is out of range; shots go from 1 to 8")
         if value > POOL_SIZE.value:
             raise InputError(
-                f"--shots={value} exceeds --pool_size={POOL_SIZE.value}; "
+                f"--{name}={value} exceeds --pool_size={POOL_SIZE.value}; "
                 "lower it or enlarge the pool"
             )
     return shots
+
+
+def left_out(phase: str) -> bool:
+    """Whether the flags leave a phase out of the run."""
+    return phase == "warmup" and WARMUP.value == "none"
 
 
 def train_shots(shots: tuple[int, ...]) -> int:
@@ -336,6 +351,21 @@ def check() -> None:
         thresholds,
     ):
         make()
+    _check_numbers()
+    answered = VERIFY_BEST.value + VERIFY_LOW.value
+    if VERIFY.value == "top_m" and answered >= GROUP_SIZE.value:
+        raise InputError(
+            f"--verify=top_m leaves nothing out: --verify_best={VERIFY_BEST.value} and "
+            f"--verify_low={VERIFY_LOW.value} cover --group_size={GROUP_SIZE.value}; lower them, "
+            "or use --verify=all, which is unbiased"
+        )
+
+
+def _check_numbers() -> None:
+    """Refuses infinite and undefined numbers, which pass every bound."""
+    for flag in FLAGS.flags_by_module_dict()[__name__]:
+        if isinstance(flag.value, float) and not math.isfinite(flag.value):
+            raise InputError(f"--{flag.name}={flag.value} must be a finite number")
 
 
 def dataset_settings() -> dict:
@@ -437,6 +467,7 @@ def mining_config() -> MiningConfig:
         top_p=TOP_P.value,
         verify_best=VERIFY_BEST.value,
         verify_low=VERIFY_LOW.value,
+        verify_uniform=VERIFY_UNIFORM.value,
     )
 
 

@@ -30,12 +30,14 @@ def print_health(health: dict[str, Any]) -> None:
         side = "left" if column == "figure" else "right"
         table.add_column(column, justify=side, no_wrap=True)
     for name in SHOWN:
-        shown = f"{name} (verified candidates)" if name == "positive_rate" else name
+        shown = name
+        if name in ("positive_rate", "spearman_gt_prob_accuracy"):
+            shown = f"{name} (n = {health['estimated_from']:,})"
         table.add_row(shown, number(health[name]), interval(health["ci95"].get(name)))
     spread = health["positives_per_query"]
     table.add_row("positives_per_query", " / ".join(number(v) for v in spread.values()), "")
     for source, entry in health["by_source"].items():
-        name = f"positive_rate of {source} (n = {entry['candidates']:,})"
+        name = f"positive_rate of {source} (n = {entry['estimated_from']:,})"
         table.add_row(name, number(entry["positive_rate"]), interval(entry["ci95"]))
     CONSOLE.print(table)
     note(f"verdict: {health['verdict']}")

@@ -42,8 +42,10 @@ def main():
             note("GRPO is left out: --grpo_epochs=0")
         elif health["ready"] or settings.FORCE_GRPO.value:
             stage("GRPO: on-policy, through the same two stages")
-            current = selectors["grpo"] = phases.train_grpo(session, current, log)
-            print_headroom(session, health, current, "GRPO", gaps)
+            trained = phases.train_grpo(session, current, log)
+            if trained is not None:
+                selectors["grpo"] = trained
+                print_headroom(session, health, trained, "GRPO", gaps)
         else:
             note(f"GRPO is not started: {health['verdict']}; --force_grpo starts it all the same")
 

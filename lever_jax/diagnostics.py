@@ -34,6 +34,9 @@ class Candidates(NamedTuple):
       pointer: [N, S] ordered actions or demonstration ids, padded with -1; None if unknown.
       log_prob: [N] log-probability under the selector being judged, in nats, NaN where unknown;
         None if there is no selector yet.
+      sampled: [N] bool, the candidates that were answered because a uniform draw said so. Rates
+        over candidates are estimated from them alone: the others were answered because their
+        score was high or low, or certified. None if all were answered alike.
     """
 
     query_id: np.ndarray
@@ -44,6 +47,7 @@ class Candidates(NamedTuple):
     failed: np.ndarray
     pointer: np.ndarray | None = None
     log_prob: np.ndarray | None = None
+    sampled: np.ndarray | None = None
 
 
 class Picks(NamedTuple):
@@ -182,14 +186,17 @@ def measure_health(
 
       queries, candidates        how many, failed ones included
       verified                   candidates with a known accuracy
+      estimated_from             those of them that the three rates over candidates come from:
+                                 the uniformly sampled ones, or all where none is marked
       eval_failed                candidates that failed; pct_eval_failed is their share
       unique_ratio               different ordered pointers of a query / its candidates
-      positive_rate              positive / verified candidates
+      positive_rate              positive / verified candidates, of the sample
       positives_per_query        min, quartiles and max, over queries with a verified candidate
       pct_zero_positive_query    share of those queries that have no positive
       pct_flat_reward_query      share of the queries with a reward where max - min < min_range
-      by_source                  candidates, verified, positive_rate and ci95 of each source
-      spearman_gt_prob_accuracy  rank correlation over the verified candidates
+      by_source                  candidates, verified, of the sample estimated_from,
+                                 positive_rate and ci95 of each source
+      spearman_gt_prob_accuracy  rank correlation over the verified candidates of the sample
       oracle_in_data             mean over queries of the best verified accuracy
       model_pick                 mean accuracy of the selector's pick
       headroom                   oracle_in_data - model_pick
@@ -237,13 +244,14 @@ def measure_health(
     answered = num_verified > 0
     highest, lowest = _extremes(reward, query, num_queries)
     rewarded = np.isfinite(highest)
-    both = verified & ~np.isnan(gt_prob)
+    sample = verified if candidates.sampled is None else verified & candidates.sampled
+    both = sample & ~np.isnan(gt_prob)
     spearman_resamples = min(resamples, max(200, _SPEARMAN_CELLS // max(int(both.sum()), 1)))
 
     figures: dict[str, Estimate] = {
         "pct_eval_failed": share_ci(per_query(failed), np.bincount(query), **sampling),
         "unique_ratio": _unique_ratio(candidates.pointer, query, num_queries, sampling),
-        "positive_rate": share_ci(num_positive, num_verified, **sampling),
+        "positive_rate": share_ci(per_query(positive & sample), per_query(sample), **sampling),
         "pct_zero_positive_query": share_ci(num_positive[answered] == 0),
         "pct_flat_reward_query": share_ci((highest - lowest)[rewarded] < min_range),
         "spearman_gt_prob_accuracy": spearman(
@@ -258,10 +266,12 @@ def measure_health(
     source_names, source = np.unique(np.asarray(candidates.source, str), return_inverse=True)
     for code, name in enumerate(source_names):
         own = source == code
-        rate = share_ci(per_query(positive & own), per_query(verified & own), **sampling)
+        counted = sample & own
+        rate = share_ci(per_query(positive & counted), per_query(counted), **sampling)
         by_source[str(name)] = {
             "candidates": int(own.sum()),
             "verified": int((verified & own).sum()),
+            "estimated_from": int(counted.sum()),
             "positive_rate": rate.value,
             "ci95": rate.interval,
         }
@@ -277,6 +287,7 @@ def measure_health(
         "queries": num_queries,
         "candidates": rows,
         "verified": int(verified.sum()),
+        "estimated_from": int(sample.sum()),
         "unique_ratio": value["unique_ratio"],
         "positive_rate": value["positive_rate"],
         "positives_per_query": _five_numbers(num_positive[answered]),
@@ -309,7 +320,7 @@ def health_csv(health: dict[str, Any]) -> list[tuple]:
             continue
         if name == "by_source":
             for source, entry in value.items():
-                for key in ("candidates", "verified", "positive_rate"):
+                for key in ("candidates", "verified", "estimated_from", "positive_rate"):
                     interval = entry["ci95"] if key == "positive_rate" else None
                     table.append((f"{name}.{source}.{key}", entry[key], *(interval or (None,) * 2)))
         elif isinstance(value, dict):

@@ -1,12 +1,14 @@
 """Two-stage mining: score many proposals cheaply, generate for the few that matter.
 
 Stage A scores every proposal of a query by `vqa_gt_prob`, without generating. Stage B asks for
-the VLM's own answer to the best of them, and to some low ones for contrast; where stage A has
-certified the greedy answer it costs nothing. What has an answer is kept, with its source and
-log-probability, and is what RCE learns from.
+the VLM's own answer to the best of them, to some low ones for contrast, and to a few drawn
+uniformly, which the health figures are estimated from; where stage A has certified the greedy
+answer it costs nothing. What has an answer is kept, with its source and log-probability, and is
+what RCE learns from.
 """
 
 import dataclasses
+import hashlib
 from collections.abc import Mapping
 
 import jax
@@ -37,6 +39,7 @@ class MiningConfig:
       top_p: of the source `top_p`.
       verify_best: pointers of highest gt_prob answered in stage B.
       verify_low: pointers of lowest gt_prob answered for contrast.
+      verify_uniform: pointers drawn uniformly and answered, from which rates are estimated.
       batch: queries mined between two commits.
     """
 
@@ -54,6 +57,7 @@ class MiningConfig:
     top_p: float = 0.9
     verify_best: int = 12
     verify_low: int = 8
+    verify_uniform: int = 4
     batch: int = 100
 
     def __post_init__(self):
@@ -62,6 +66,11 @@ class MiningConfig:
             raise InputError(
                 f"--verify_best={self.verify_best} and --verify_low={self.verify_low}: a group "
                 "needs at least two high pointers and a low one"
+            )
+        if self.verify_uniform < 1:
+            raise InputError(
+                f"--verify_uniform={self.verify_uniform}: the health figures are estimated from "
+                "pointers drawn uniformly; give at least 1"
             )
 
 
@@ -115,7 +124,7 @@ def mine(
     remaining = np.flatnonzero(~finished)
     for start in range(0, len(remaining), config.batch):
         rows = remaining[start : start + config.batch]
-        label = f"{stage} {start + len(rows)}/{len(remaining)} queries"
+        label = f"mining {start + len(rows)}/{len(remaining)} queries"
         drawn = proposer.mixture(
             params,
             key,
@@ -132,6 +141,7 @@ def mine(
         owner_ids = queries.query_ids[owner]
         scores = columns(service.score(owner_ids, ids, label=label))
         chosen = choose(group, scores["gt_prob"], config.verify_best, config.verify_low)
+        chosen |= uniform_sample(owner_ids, ids, config.verify_uniform)
         service.verify(owner_ids[chosen], ids[chosen], label=label)
         answered = np.isfinite(columns(store.get_scores(owner_ids, ids))["accuracy"])
         store.put_proposals(
@@ -163,6 +173,32 @@ def choose(group: np.ndarray, gt_prob: np.ndarray, best: int, low: int) -> np.nd
         chosen[order[:best]] = True
         chosen[order[max(len(order) - low, 0) :]] = True
     return chosen
+
+
+def uniform_sample(query_ids: np.ndarray, pointers: np.ndarray, size: int) -> np.ndarray:
+    """A uniform sample of each query's pointers that anyone can draw again.
+
+    Pointers are ordered by a hash of query and pointer, and the first `size` of each query are
+    taken, so whether one is in the sample depends on no score, no source and no other query.
+
+    Args:
+      query_ids: int64 [n].
+      pointers: int64 [n, S] demonstration ids, distinct within a query.
+      size: pointers a query.
+
+    Returns:
+      bool [n].
+    """
+    keys = np.ascontiguousarray(np.column_stack([query_ids, pointers]), np.int64)
+    digests = [hashlib.blake2b(key.tobytes(), digest_size=8).digest() for key in keys]
+    ranks = np.array([int.from_bytes(digest) for digest in digests], np.uint64)
+    order = np.lexsort((ranks, query_ids))
+    owner = np.asarray(query_ids)[order]
+    starts = np.flatnonzero(np.r_[True, owner[1:] != owner[:-1]]) if len(owner) else owner
+    place = np.arange(len(owner)) - np.repeat(starts, np.diff(np.r_[starts, len(owner)]))
+    sample = np.zeros(len(owner), bool)
+    sample[order] = place < size
+    return sample
 
 
 def group_batch(
@@ -239,11 +275,16 @@ def mined_groups(
 
 
 def mined_candidates(
-    stage: str, queries: PooledQueries, store: Store, reward: RewardConfig
+    stage: str, queries: PooledQueries, store: Store, reward: RewardConfig, config: MiningConfig
 ) -> Candidates:
-    """Every proposal of a mining stage as rows for the health figures."""
+    """Every proposal of a mining stage as rows for the health figures.
+
+    Answers that later phases asked for are left out, so that the figures stay those of the data
+    that RCE learns from, however often they are measured.
+    """
     mined, records = _mined(stage, queries, store)
     scores = columns(records)
+    scores["accuracy"] = np.where(mined.kept == 1, scores["accuracy"], np.nan)
     return Candidates(
         query_id=mined.query_ids,
         source=np.array(mined.sources),
@@ -252,6 +293,7 @@ def mined_candidates(
         reward=reward.of(scores),
         failed=np.array([record.eval_failed is not None for record in records]),
         pointer=mined.pointers,
+        sampled=uniform_sample(mined.query_ids, mined.pointers, config.verify_uniform),
     )
 
 

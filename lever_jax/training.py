@@ -95,6 +95,14 @@ class LossConfig:
     min_range: float = 1e-3
 
 
+LOSS_FIELDS = {
+    "supervised": (),
+    "rce": ("tau", "min_range"),
+    "grpo": ("advantage", "clip_low", "clip_high", "kl_coef", "min_range"),
+}
+"""The fields of `LossConfig` that each kind of step reads."""
+
+
 def make_optimizer(
     learning_rate: float, *, steps: int, warmup: int = 20, weight_decay: float = 1e-4
 ) -> optax.GradientTransformation:

@@ -47,6 +47,23 @@ def by_hand():
     return Candidates(*columns)
 
 
+def test_rates_are_estimated_from_the_sample_alone():
+    candidates = by_hand()
+    # Of the four verified rows, one right and one wrong were drawn, and one that failed.
+    sampled = np.array([True, True, True, False, False, False, False])
+    health = measure_health(candidates._replace(sampled=sampled))
+    whole = measure_health(candidates)
+    assert (health["estimated_from"], whole["estimated_from"]) == (2, 4)
+    assert (health["positive_rate"], whole["positive_rate"]) == (1 / 2, 1 / 4)
+    assert health["spearman_gt_prob_accuracy"] == pytest.approx(1.0)
+    assert health["by_source"]["beam"]["estimated_from"] == 2
+    assert health["by_source"]["random"]["positive_rate"] is None
+    assert health["by_source"]["random"]["candidates"] == whole["by_source"]["random"]["candidates"]
+    # What is about queries looks at every verified candidate.
+    for name in ("verified", "pct_zero_positive_query", "oracle_in_data", "positives_per_query"):
+        assert health[name] == whole[name]
+
+
 def test_by_hand():
     health = measure_health(by_hand())
     assert next(iter(health)) == "queries"
@@ -175,7 +192,7 @@ def test_order_of_rows_does_not_matter():
     c = random_candidates(np.random.default_rng(), num_queries=20, most=6)
     c = c._replace(log_prob=np.arange(len(c.query_id)) * 1.0)  # no ties, which fall to the row
     order = np.random.default_rng().permutation(len(c.query_id))
-    shuffled = Candidates(*(column[order] for column in c))
+    shuffled = Candidates(*(None if column is None else column[order] for column in c))
     loose = Thresholds(max_zero_positive=1.0, min_spearman=-1.0)
     a, b = (health_csv(measure_health(x, thresholds=loose, resamples=50)) for x in (c, shuffled))
     for row_a, row_b in zip(a, b, strict=True):

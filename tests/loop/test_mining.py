@@ -15,6 +15,7 @@ from lever_jax.mining import (
     mined_candidates,
     mined_groups,
     on_policy_round,
+    uniform_sample,
 )
 from lever_jax.policy import sequence_log_probs
 
@@ -23,6 +24,7 @@ CONFIG = MiningConfig(
     quotas={"beam": 4, "sample": 6, "retrieval": 2, "random": 4},
     verify_best=3,
     verify_low=2,
+    verify_uniform=2,
     batch=5,
 )
 
@@ -38,6 +40,36 @@ def test_choose_takes_the_ends():
     chosen = choose(group, gt_prob, best=1, low=2)
     assert chosen.tolist() == [True, True, False, False, True, True, True]
     assert choose(group, gt_prob, best=9, low=9).tolist() == [True] * 2 + [False] + [True] * 4
+
+
+def test_the_uniform_sample_is_uniform_and_depends_on_its_own_query_only():
+    rng = np.random.default_rng(5)
+    queries = rng.permutation(np.repeat(np.arange(300), 20))
+    pointers = rng.permutation(100_000)[: len(queries) * 2].reshape(-1, 2)
+    sample = uniform_sample(queries, pointers, 3)
+    assert (np.bincount(queries[sample]) == 3).all()
+    own = queries == 7
+    np.testing.assert_array_equal(uniform_sample(queries[own], pointers[own], 3), sample[own])
+    # 900 of 6,000 rows, whatever a column of the rows says: a hypergeometric count.
+    low = pointers[:, 0] < np.median(pointers[:, 0])
+    assert abs(sample[low].sum() - 450) < 4 * 15
+    assert uniform_sample(queries[:0], pointers[:0], 3).shape == (0,)
+    assert uniform_sample(queries[own], pointers[own], 99).all()
+
+
+def test_rates_come_from_the_sample_and_later_answers_change_no_figure(make_world):
+    world = make_world()
+    run_mine(world)
+    args = ("mine", world.queries, world.store, RewardConfig(), CONFIG)
+    before = mined_candidates(*args)
+    assert np.isfinite(before.accuracy[before.sampled]).all()
+    assert before.sampled.sum() == 12 * 2
+    mined = world.store.get_proposals("mine", world.queries.query_ids)
+    world.service.verify(mined.query_ids, mined.pointers, label="later")
+    after = mined_candidates(*args)
+    for one, two in zip(before, after):
+        if one is not None:
+            np.testing.assert_array_equal(one, two)
 
 
 def test_every_query_gets_a_full_group_of_distinct_pointers(make_world):
@@ -93,7 +125,7 @@ def test_failed_prompts_reach_no_group(make_world):
     groups = mined_groups("mine", world.queries, world.store, RewardConfig())
     assert 4 not in groups.query_rows
     assert len(groups.query_rows) == 11
-    candidates = mined_candidates("mine", world.queries, world.store, RewardConfig())
+    candidates = mined_candidates("mine", world.queries, world.store, RewardConfig(), CONFIG)
     assert candidates.failed.sum() == CONFIG.proposals
     assert np.isnan(candidates.reward[candidates.failed]).all()
 
