@@ -114,9 +114,11 @@ def open_session(workdir: pathlib.Path) -> Iterator[Session]:
                 hello["parts"],
                 settings.pool_config(),
                 store,
+                bar,
             )
             for name, examples in (("training", dataset.train), ("evaluation", dataset.eval))
         ]
+        _report_excluded(pooled)
         init, policy = make_selector(
             settings.selector_config(), hello["parts"], hello["embedding_dim"]
         )
@@ -128,3 +130,13 @@ def _embed(environment: Environment, kind: str, examples, label: str) -> Embedde
     with bar(label, len(ids)) as advance:
         embeddings = environment.embed(kind, ids, lambda rows, _: advance(len(rows)))
     return Embedded(ids, tuple(example.image for example in examples), embeddings)
+
+
+def _report_excluded(pooled: list[PooledQueries]) -> None:
+    """Says how many demonstrations the pools of all queries left out, and why."""
+    itself, image, near = np.sum([queries.excluded for queries in pooled], axis=0)
+    count = sum(len(queries) for queries in pooled)
+    note(
+        f"pools of {count:,} queries leave out {itself:,} demonstrations that are the query, "
+        f"{image:,} on its image, {near:,} on a near duplicate of it"
+    )
