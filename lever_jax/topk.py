@@ -2,9 +2,10 @@
 
 The bank is read in blocks and never copied; what the search itself holds stays within a budget.
 float32 products of a block of demonstrations with a tile of queries find candidates, and every
-candidate is scored again by the float64 definition in `similarity.py`. A product is off by less
-than a proven bound, so no row of the answer is ever missed; and the order (higher similarity, then
-lower row) depends on nothing but query and bank: not on blocks, budget, threads or device.
+candidate is scored again by the float64 definition in `similarity.py`. Candidates are taken within
+a bound on the roundings of a product, so no row of the answer is missed; and the order (higher
+similarity, then lower row) depends on nothing but query and bank: not on blocks, budget, threads
+or device.
 
 The products run on the accelerator if JAX has one, else in NumPy.
 """
@@ -69,8 +70,9 @@ class Search:
         self._memory, self._bar, self._label = memory, bar, label
         accelerated = jax.default_backend() != "cpu" if accelerator is None else accelerator
         self._products = DeviceProducts if accelerated else HostProducts
-        # A float32 dot product of n terms errs by n * eps / 2 of the product of the norms, the
-        # norm of a row by half of that again; the rest is roundings of single terms.
+        # Roundings are eps / 2 each. A dot product of n terms collects at most n of them, the
+        # norm of a row n / 2, in whatever order they are summed: 0.75 n eps, and a few more of
+        # single terms.
         self._error = np.float32((self._width + 16) * np.finfo(np.float32).eps)
 
     def top_k(self, k: int, excluded: Pairs) -> tuple[np.ndarray, np.ndarray]:
@@ -138,6 +140,7 @@ class Search:
                 for start, stop, _ in self._columns:
                     _check_finite(embeddings[:, start:stop], first + np.arange(len(embeddings)))
                 features = self._features(embeddings)
+                release(self._queries)
                 own = (excluded.queries >= first) & (excluded.queries < first + group)
                 pairs = Pairs(excluded.queries[own] - first, excluded.rows[own])
                 products = self._products(features, tile, block, k, 2 * self._error)
