@@ -114,7 +114,8 @@ def open_session(workdir: pathlib.Path) -> Iterator[Session]:
         service = ScoringService(store, batched, bar)
         bank, *queries = _embeddings(environment, dataset)
         config = settings.pool_config()
-        pooled = [pool_queries(each, bank, hello["parts"], config, store) for each in queries]
+        pooled = [pool_queries(each, bank, hello["parts"], config, store, bar) for each in queries]
+        _report_excluded(pooled)
         init, policy = make_selector(
             settings.selector_config(), hello["parts"], hello["embedding_dim"]
         )
@@ -154,3 +155,13 @@ def _embeddings(environment: Environment, dataset: Dataset) -> list[Embedded]:
         f"{cache.counts.computed:,} computed{damaged if cache.counts.damaged else ''}"
     )
     return embedded
+
+
+def _report_excluded(pooled: list[PooledQueries]) -> None:
+    """Says how many demonstrations the pools of all queries left out, and why."""
+    itself, image, near = np.sum([queries.excluded for queries in pooled], axis=0)
+    count = sum(len(queries) for queries in pooled)
+    note(
+        f"pools of {count:,} queries leave out {itself:,} demonstrations that are the query, "
+        f"{image:,} on its image, {near:,} on a near duplicate of it"
+    )

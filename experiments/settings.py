@@ -27,13 +27,19 @@ _DATASETS = ("digits", "official", "jsonl")
 
 WORKDIR = flags.DEFINE_string("workdir", "runs/digits", "Folder of everything a run writes.")
 SEED = flags.DEFINE_integer(
-    "seed", 0, "Seed of the selector's start and of all sampling.", lower_bound=0
+    "seed",
+    0,
+    "Seed of training: the selector's start, pointers drawn, shuffles. Pools are of --world_seed.",
+    lower_bound=0,
 )
 
 # --- data -------------------------------------------------------------------------------------
 DATASET = flags.DEFINE_enum("dataset", "digits", _DATASETS, "Embedded, official JSON, or JSONL.")
 WORLD_SEED = flags.DEFINE_integer(
-    "world_seed", 0, "Which digits world: colours and languages.", lower_bound=0
+    "world_seed",
+    0,
+    "Seed of the data: the digits world, examples drawn from files, random places of pools.",
+    lower_bound=0,
 )
 BANK_SIZE = flags.DEFINE_integer(
     "bank_size", 1600, "Demonstrations of the digits world.", lower_bound=1
@@ -117,12 +123,22 @@ IMAGE_WEIGHT = flags.DEFINE_float(
 QUESTION_WEIGHT = flags.DEFINE_float(
     "question_weight", 1.0, "Weight of question similarity.", lower_bound=0.0
 )
-RANDOM_SHARE = flags.DEFINE_float(
-    "random_share",
-    0.0,
-    "Share of a pool drawn at random, [0, 1].",
+POOL_SHARES = flags.DEFINE_list(
+    "pool_shares",
+    [],
+    "Places of a pool by source, as image:8,question:8,random:4; image and question are filled by "
+    "that similarity alone, what the shares leave open by both.",
+)
+NEAR_DUPLICATE = flags.DEFINE_float(
+    "near_duplicate",
+    1.0,
+    "Leave out demonstrations whose image has a cosine (centred) above this with the query's, "
+    "such as 0.98 where splits share photographs; 1 is off.",
     lower_bound=0.0,
     upper_bound=1.0,
+)
+RETRIEVAL_MIB = flags.DEFINE_integer(
+    "retrieval_mib", 512, "Memory of the search for pools, MiB; changes no pool.", lower_bound=1
 )
 SHOTS = flags.DEFINE_list("shots", ["1", "2"], "Numbers of demonstrations evaluated, 1 to 8.")
 TRAIN_SHOTS = flags.DEFINE_integer(
@@ -443,8 +459,28 @@ def embeddings_dir() -> pathlib.Path:
 def pool_config() -> PoolConfig:
     """How pools are made."""
     return PoolConfig(
-        POOL_SIZE.value, IMAGE_WEIGHT.value, QUESTION_WEIGHT.value, RANDOM_SHARE.value
+        size=POOL_SIZE.value,
+        image_weight=IMAGE_WEIGHT.value,
+        question_weight=QUESTION_WEIGHT.value,
+        shares=_counts("pool_shares", POOL_SHARES.value, "image:8"),
+        near_duplicate=NEAR_DUPLICATE.value,
+        seed=WORLD_SEED.value,
+        memory_mib=RETRIEVAL_MIB.value,
     )
+
+
+def _counts(flag: str, items: list[str], example: str) -> dict[str, int]:
+    """Reads `source:count` items."""
+    counts = {}
+    for item in items:
+        name, _, count = item.partition(":")
+        if not count.isdigit() or name in counts:
+            raise InputError(
+                f"--{flag}: {item!r} is not of the form source:count, each source once, as "
+                f"{example}"
+            )
+        counts[name] = int(count)
+    return counts
 
 
 def selector_config() -> SelectorConfig:
@@ -454,15 +490,9 @@ def selector_config() -> SelectorConfig:
 
 def mining_config() -> MiningConfig:
     """How pointers are proposed and verified."""
-    quotas = {}
-    for item in QUOTAS.value:
-        name, _, count = item.partition(":")
-        if not count.isdigit():
-            raise InputError(f"--quotas: {item!r} is not of the form source:count, as beam:12")
-        quotas[name] = int(count)
     return MiningConfig(
         proposals=PROPOSALS.value,
-        quotas=quotas,
+        quotas=_counts("quotas", QUOTAS.value, "beam:12"),
         temperature=TEMPERATURE.value,
         top_p=TOP_P.value,
         verify_best=VERIFY_BEST.value,

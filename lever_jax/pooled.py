@@ -7,12 +7,14 @@ to the store and to files. The two are never mixed.
 
 import dataclasses
 import functools
+from collections.abc import Callable, Mapping
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lever_jax.retrieval import build_pools
+from lever_jax.errors import InputError
+from lever_jax.retrieval import Excluded, build_pools, pool_quotas
+from lever_jax.similarity import column_mean
 from lever_jax.store import Store
 from lever_jax.training import PoolTable
 
@@ -25,15 +27,26 @@ class PoolConfig:
       size: K, candidates a query.
       image_weight: weight of the image part's cosine, >= 0.
       question_weight: weight of the question part's cosine, >= 0.
-      random_share: share of the pool drawn at random from the bank, in [0, 1].
-      seed: of that share.
+      shares: places by source, `image`, `question`, `both` or `random`; the rest is `both`.
+      near_duplicate: a demonstration whose image part has a cosine above this with the query's
+        is left out, in [0, 1]; 1 is off.
+      seed: of the random places.
+      memory_mib: what the search may hold beside the embeddings, MiB; decides no pool.
+
+    Raises:
+      InputError: shares of a source that does not exist, or more than K.
     """
 
     size: int = 32
     image_weight: float = 1.0
     question_weight: float = 1.0
-    random_share: float = 0.0
+    shares: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    near_duplicate: float = 1.0
     seed: int = 0
+    memory_mib: int = 512
+
+    def __post_init__(self):
+        pool_quotas(self.size, self.shares)
 
     @property
     def weights(self) -> dict[str, float]:
@@ -56,9 +69,9 @@ class Embedded:
     embeddings: np.ndarray
 
     @functools.cached_property
-    def on_device(self) -> jax.Array:
-        """The embeddings on the device, put there once however many tables share them."""
-        return jnp.asarray(self.embeddings)
+    def mean(self) -> np.ndarray:
+        """Mean embedding, float32 [D]; read once however many searches share it."""
+        return column_mean(self.embeddings)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,14 +81,16 @@ class PooledQueries:
     Attributes:
       query_ids: int64 [Q].
       pool_ids: int64 [Q, K] demonstration id of each action, -1 where masked.
-      table: the same for the device.
-      mean: float32 [D] mean of the bank, which similarity subtracts.
+      table: the same for the device; it holds the demonstrations that some pool holds, no other.
+      mean: float32 [D] mean of the whole bank, which similarity subtracts.
+      excluded: how many demonstrations the pools had to leave out.
     """
 
     query_ids: np.ndarray
     pool_ids: np.ndarray
     table: PoolTable
     mean: np.ndarray
+    excluded: Excluded
 
     def __len__(self) -> int:
         return len(self.query_ids)
@@ -87,12 +102,33 @@ class PooledQueries:
 
 
 def pool_queries(
-    queries: Embedded, bank: Embedded, parts: dict, config: PoolConfig, store: Store
+    queries: Embedded,
+    bank: Embedded,
+    parts: dict,
+    config: PoolConfig,
+    store: Store,
+    bar: Callable | None = None,
 ) -> PooledQueries:
-    """Builds the pools of `queries`, or reads them where the store has them already.
+    """Builds the pools of `queries` and stores them.
 
-    A stored pool that differs from the one that the settings give is an error of the store.
+    They are built anew each time, which is exact and cheap beside one forward pass of a VLM. The
+    store keeps the first and holds every later one against it, so that mining, training and
+    evaluation cannot work on different pools unnoticed.
+
+    Args:
+      queries: the queries.
+      bank: all demonstrations.
+      parts: column ranges of the embeddings' parts.
+      config: how pools are made.
+      store: where they are kept.
+      bar: `bar(label, total)`, a context manager that yields `advance(count)`; or None.
+
+    Raises:
+      InputError: pools that cannot be filled.
+      StoreError: the store has another pool for one of the queries.
     """
+    if config.near_duplicate < 1 and "image" not in parts:
+        raise InputError(f"--near_duplicate={config.near_duplicate} needs embeddings of images")
     pools = build_pools(
         queries.embeddings,
         bank.embeddings,
@@ -103,18 +139,22 @@ def pool_queries(
         bank_ids=bank.ids,
         query_images=queries.images,
         bank_images=bank.images,
-        center=True,
-        random_share=config.random_share,
+        mean=bank.mean,
+        shares=config.shares,
+        near_duplicate=config.near_duplicate,
         seed=config.seed,
+        memory=config.memory_mib * 2**20,
+        bar=bar,
     )
     pool_ids = np.where(pools.mask, bank.ids[pools.rows], -1)
     store.put_pools(queries.ids, pool_ids, pools.similarity)
+    # A bank of VQAv2 is 11 GB; what the pools of a run use of it is a small part.
+    used, rows = np.unique(pools.rows, return_inverse=True)
     table = PoolTable(
-        queries=queries.on_device,
-        bank=bank.on_device,
-        rows=jnp.asarray(pools.rows),
+        queries=jnp.asarray(queries.embeddings),
+        bank=jnp.asarray(bank.embeddings[used]),
+        rows=jnp.asarray(rows.reshape(pools.rows.shape).astype(np.int32)),
         mask=jnp.asarray(pools.mask),
         query_ids=jnp.asarray((queries.ids % (1 << 32)).astype(np.uint32)),
     )
-    mean = bank.embeddings.mean(axis=0, dtype=np.float64).astype(np.float32)
-    return PooledQueries(queries.ids, pool_ids, table, mean)
+    return PooledQueries(queries.ids, pool_ids, table, bank.mean, pools.excluded)

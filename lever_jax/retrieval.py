@@ -1,27 +1,39 @@
-"""Similarity retrieval: the one place that decides which demonstrations a query may choose from.
+"""Which demonstrations a query may choose from, and the similarity baselines inside a pool.
 
-`build_pools` gives every query its exact top-K over the *whole* demonstration bank; mining,
-training and evaluation all call it, so that they see the same pools. The orderings inside a pool
+`build_pools` is the one place that decides it: mining, training and evaluation all call it, so
+that they see the same pools. It searches the *whole* bank, exactly, in blocks (`topk.py`), so the
+bank may be a memory-mapped file larger than memory. The orderings inside a pool
 (`rank_within_pool`, `mmr`) are the baselines that the selector has to beat.
 
-Embeddings are plain `[N, D]` arrays with named column ranges, `parts = {"image": (0, 64),
-"question": (64, 128)}`. Similarity is the weighted mean of the cosines of the parts, so one part
-never outvotes another by its width or its norm. Everything is NumPy: one matrix product finds the
-candidates, then each is scored again in float64 in a fixed order, which makes a query's pool
-bit-equal whatever batch or block it was computed in, and exact ties fall to the lower row.
+A query's pool is bit-equal whatever batch, block, memory budget or device it was made with; exact
+ties fall to the lower row of the bank.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from lever_jax.errors import InputError
+from lever_jax.products import Pairs
+from lever_jax.similarity import Parts, Weights, exact_similarity, similarity_features
+from lever_jax.topk import Search
 
-Parts = Mapping[str, tuple[int, int]]
-Weights = Mapping[str, float]
+SOURCES = ("image", "question", "both", "random")
 
-_ROWS_AT_A_TIME = 4096  # bounds the float64 copies
+
+class Excluded(NamedTuple):
+    """How many demonstrations all pools together had to leave out, each counted once.
+
+    Attributes:
+      itself: they are the query itself (same id).
+      same_image: they are on the query's image.
+      near_duplicate: their image is nearly the query's.
+    """
+
+    itself: int
+    same_image: int
+    near_duplicate: int
 
 
 class Pools(NamedTuple):
@@ -31,82 +43,43 @@ class Pools(NamedTuple):
       rows: [B, K] int32, bank row of each action; 0 where masked.
       similarity: [B, K] float32 in [-1, 1]; 0 where masked.
       mask: [B, K] bool, which actions exist. All, unless `allow_short`.
+      excluded: what no pool may hold.
     """
 
     rows: np.ndarray
     similarity: np.ndarray
     mask: np.ndarray
+    excluded: Excluded
 
 
-def similarity_features(
-    embeddings: np.ndarray, parts: Parts, weights: Weights, mean: np.ndarray | None = None
-) -> np.ndarray:
-    """Rows whose dot product is the similarity: unit parts, each scaled by sqrt(its weight).
+def pool_quotas(pool_size: int, shares: Mapping[str, int]) -> dict[str, int]:
+    """Places of a pool by source, in the order in which they are filled; they sum to K.
 
     Args:
-      embeddings: [N, D].
-      parts: name -> (first, past-the-last) column.
-      weights: name -> weight >= 0; a part not named has weight 0. Only their ratios matter.
-      mean: [D] subtracted first (the bank's mean, to centre), or None. A part that is then all
-        zeros is similar to nothing (cosine 0).
-
-    Returns:
-      [N, D'] float32, the columns of the parts that have weight.
+      pool_size: K.
+      shares: source (`image`, `question`, `both`, `random`) -> places >= 0. What they leave open
+        is added to `both`.
 
     Raises:
-      InputError: a weight is negative or names no part, or all are zero.
+      InputError: a source that does not exist, or more places than K.
     """
-    for name, weight in weights.items():
-        if name not in parts:
+    if pool_size < 1:
+        raise InputError(f"--pool_size={pool_size} must be at least 1")
+    for name, count in shares.items():
+        if name not in SOURCES:
             raise InputError(
-                f"similarity weight {name!r} names no part of the embeddings; "
-                f"their parts are {', '.join(parts)}"
+                f"--pool_shares: {name!r} is no source of a pool; they are {', '.join(SOURCES)}"
             )
-        if not weight >= 0:
-            raise InputError(f"similarity weight {name}={weight} must be 0 or more")
-    total = sum(weights.values())
-    if total == 0:
+        if count < 0:
+            raise InputError(f"--pool_shares: {name}:{count} must be 0 or more")
+    if sum(shares.values()) > pool_size:
         raise InputError(
-            f"all similarity weights are 0; give one of {', '.join(parts)} a positive weight"
+            f"--pool_shares add up to {sum(shares.values())}, more than --pool_size={pool_size}; "
+            "lower them or enlarge the pool"
         )
-    used = [(parts[name], weight / total) for name, weight in weights.items() if weight > 0]
-    width = sum(stop - start for (start, stop), _ in used)
-    features = np.empty((len(embeddings), width), np.float32)
-    for first in range(0, len(embeddings), _ROWS_AT_A_TIME):
-        rows = slice(first, first + _ROWS_AT_A_TIME)
-        column = 0
-        for (start, stop), weight in used:
-            part = np.array(embeddings[rows, start:stop], np.float64)
-            if mean is not None:
-                part -= mean[start:stop]
-            norm = np.sqrt((part * part).sum(axis=1, keepdims=True))
-            part *= np.sqrt(weight) / np.where(norm > 0, norm, 1.0)
-            features[rows, column : column + stop - start] = part
-            column += stop - start
-    return features
-
-
-def similarity(
-    query_embeddings: np.ndarray,
-    bank_embeddings: np.ndarray,
-    parts: Parts,
-    weights: Weights,
-    mean: np.ndarray | None = None,
-) -> np.ndarray:
-    """Weighted mean of the cosines of the parts, of every query with every demonstration.
-
-    sim(q, d) = sum_p w_p * cos(q_p - mean_p, d_p - mean_p) / sum_p w_p
-
-    Args:
-      query_embeddings: [B, D].
-      bank_embeddings: [N, D].
-      parts, weights, mean: as in `similarity_features`.
-
-    Returns:
-      [B, N] float32 in [-1, 1].
-    """
-    queries = similarity_features(query_embeddings, parts, weights, mean)
-    return queries @ similarity_features(bank_embeddings, parts, weights, mean).T
+    quotas = {name: shares.get(name, 0) for name in SOURCES}
+    quotas["both"] += pool_size - sum(shares.values())
+    return quotas
 
 
 def build_pools(
@@ -120,45 +93,52 @@ def build_pools(
     bank_ids: np.ndarray,
     query_images: Any = None,
     bank_images: Any = None,
-    center: bool = False,
-    random_share: float = 0.0,
+    mean: np.ndarray | None = None,
+    shares: Mapping[str, int] | None = None,
+    near_duplicate: float = 1.0,
     seed: int = 0,
     allow_short: bool = False,
-    block: int | None = None,
+    memory: int = 2**29,
+    accelerator: bool | None = None,
+    bar: Callable | None = None,
 ) -> Pools:
     """Exact candidate pools over the whole bank.
 
-    A demonstration with the query's own id, or on the query's own image, is never in its pool.
-    A query's pool depends on that query, the bank and the options, never on the other queries.
+    A demonstration with the query's own id, on the query's own image or on a near duplicate of it
+    is never in its pool. A query's pool depends on that query, the bank and the options, never on
+    the other queries.
 
     Args:
       query_embeddings: [B, D].
-      bank_embeddings: [N, D].
+      bank_embeddings: [N, D], in memory or memory-mapped; it is read in blocks, never copied.
       pool_size: K, demonstrations a pool.
-      parts, weights: as in `similarity_features`.
+      parts: name -> (first, past-the-last) column.
+      weights: name -> weight >= 0 of a part in the similarity that orders pools and fills `both`.
       query_ids: [B] integers.
       bank_ids: [N] integers.
       query_images, bank_images: [B] and [N] keys (strings or integers) of the pictures; give
         both or neither.
-      center: subtract the mean of the bank from both sides before the cosine.
-      random_share: in [0, 1]; this share of the K places is drawn uniformly from the rest of the
-        bank by a generator of (seed, query id), for pools that similarity alone would narrow.
-      seed: of those draws.
+      mean: [D] subtracted from both sides before a cosine (the bank's mean, to centre), or None.
+      shares: places by source, see `pool_quotas`; None is all `both`. `image` and `question` are
+        filled by the cosine of that part alone, `both` by the similarity; each skips what an
+        earlier one took. `random` is drawn uniformly from the rest of the bank by a generator of
+        (seed, query id).
+      near_duplicate: a demonstration is out if the cosine of its image part with the query's
+        exceeds this; 1 or more is off.
+      seed: of the random places.
       allow_short: mask the missing places of a pool instead of refusing.
-      block: queries at a time, against the whole bank; by default what fits 128 MiB.
+      memory: bytes that a search may hold beside the inputs and the pools.
+      accelerator, bar: as in `topk.Search`.
 
     Returns:
-      `Pools`, ordered by similarity, ties by the lower row; random members are sorted in.
+      `Pools`, ordered by similarity whatever source a member is from, ties by the lower row.
 
     Raises:
-      InputError: `--pool_size` below 1 or above what the bank offers a query, or
-        `--random_share` outside [0, 1].
+      InputError: `--pool_size` or `--pool_shares` that cannot be filled, or embeddings that are
+        not finite.
     """
-    total = len(bank_embeddings)
-    if pool_size < 1:
-        raise InputError(f"--pool_size={pool_size} must be at least 1")
-    if not 0 <= random_share <= 1:
-        raise InputError(f"--random_share={random_share} must be between 0 and 1")
+    total, num_queries = len(bank_embeddings), len(query_embeddings)
+    quotas = pool_quotas(pool_size, shares or {})
     if (query_images is None) != (bank_images is None):
         raise ValueError("give query_images and bank_images together, or neither")
     if pool_size > total and not allow_short:
@@ -166,44 +146,62 @@ def build_pools(
             f"--pool_size={pool_size} exceeds the {total} demonstrations in the bank; "
             "lower it or add demonstrations"
         )
-    mean = np.mean(bank_embeddings, axis=0, dtype=np.float64) if center and total else None
-    queries = similarity_features(query_embeddings, parts, weights, mean)
-    bank = similarity_features(bank_embeddings, parts, weights, mean)
-    excluded = _Matches(query_ids, bank_ids), _Matches(query_images, bank_images)
-    block = block or max(1, 2**25 // max(total, 1))
-    num_similar = pool_size - int(random_share * pool_size + 0.5)
 
-    num_queries = len(query_embeddings)
-    rows = np.zeros((num_queries, pool_size), np.int32)
-    similarities = np.zeros((num_queries, pool_size), np.float32)
-    mask = np.zeros((num_queries, pool_size), bool)
-    for first in range(0, num_queries, block):
-        scores = queries[first : first + block] @ bank.T  # [b, N]
-        for q, score in enumerate(scores, start=first):
-            for matches in excluded:
-                score[matches.of(q)] = -np.inf
-            available = int(np.count_nonzero(score > -np.inf))
-            if available < pool_size and not allow_short:
-                raise InputError(
-                    f"--pool_size={pool_size} exceeds the {available} demonstrations that query "
-                    f"{query_ids[q]} may use ({total - available} of {total} are the query itself "
-                    "or on its image); lower it or add demonstrations"
-                )
-            chosen, exact = _most_similar(queries[q], bank, score, min(num_similar, available))
-            num_random = min(pool_size, available) - len(chosen)
-            if num_random:
-                score[chosen] = -np.inf
-                rest = np.flatnonzero(score > -np.inf)
-                rng = np.random.default_rng([seed % 2**64, int(query_ids[q]) % 2**64])
-                drawn = rng.choice(rest, num_random, replace=False)
-                chosen = np.concatenate([chosen, drawn])
-                exact = np.concatenate([exact, _exact_similarity(queries[q], bank, drawn)])
-                order = np.lexsort((chosen, -exact))
-                chosen, exact = chosen[order], exact[order]
-            rows[q, : len(chosen)] = chosen
-            similarities[q, : len(chosen)] = exact
-            mask[q, : len(chosen)] = True
-    return Pools(rows, similarities, mask)
+    def search(weights: Weights, label: str) -> Search:
+        return Search(
+            query_embeddings,
+            bank_embeddings,
+            parts,
+            weights,
+            mean,
+            memory=memory,
+            accelerator=accelerator,
+            bar=bar,
+            label=label,
+        )
+
+    itself = _matches(query_ids, bank_ids)
+    pairs = _union(itself, _matches(query_images, bank_images), num_queries)
+    same_image = len(pairs.rows) - len(itself.rows)
+    if near_duplicate < 1:
+        near = search({"image": 1.0}, "near duplicates").above(near_duplicate, memory // 64)
+        if near is None:
+            raise InputError(
+                f"--near_duplicate={near_duplicate} takes over {memory // 64:,} pairs of a query "
+                "and a demonstration for duplicates; raise it"
+            )
+        pairs = _union(pairs, near, num_queries)
+    excluded = Excluded(
+        len(itself.rows), same_image, len(pairs.rows) - len(itself.rows) - same_image
+    )
+    available = total - np.bincount(pairs.queries, minlength=num_queries)
+    if not allow_short and (available < pool_size).any():
+        q = int(np.argmin(available))
+        raise InputError(
+            f"--pool_size={pool_size} exceeds the {available[q]} demonstrations that query "
+            f"{query_ids[q]} may use ({total - available[q]} of {total} are the query itself or "
+            "on its image or a near duplicate of it); lower it or add demonstrations"
+        )
+
+    joint = search(weights, "search the bank")
+    found, depth = [], 0
+    for source in ("image", "question", "both"):
+        depth += quotas[source]
+        if quotas[source]:
+            by = joint if source == "both" else search({source: 1.0}, f"search by {source}")
+            found.append((quotas[source], *by.top_k(depth, pairs)))
+    if len(found) == 1 and quotas["both"] == pool_size:
+        _, rows, exact = found[0]
+    else:
+        rows = _filled(found, quotas["random"], pairs, total, query_ids, pool_size, seed)
+        rows, exact = _ordered(rows, joint)
+    mask = rows >= 0
+    return Pools(
+        np.where(mask, rows, 0).astype(np.int32),
+        np.where(mask, exact, 0.0).astype(np.float32),
+        mask,
+        excluded,
+    )
 
 
 def rank_within_pool(
@@ -231,8 +229,8 @@ def rank_within_pool(
     """
     actions = np.arange(len(pool)) if mask is None else np.flatnonzero(mask)
     features = similarity_features(pool, parts, weights, mean)
-    feature = similarity_features(query[None], parts, weights, mean)[0]
-    exact = _exact_similarity(feature, features, actions)
+    feature = similarity_features(query[None], parts, weights, mean)
+    exact = exact_similarity(feature, features[actions])
     return actions[np.lexsort((actions, -exact))].astype(np.int32)
 
 
@@ -278,9 +276,8 @@ def mmr(
             "lower it or raise --pool_size"
         )
     features = similarity_features(pool, parts, weights, mean)
-    feature = similarity_features(query[None], parts, weights, mean)[0]
-    every = np.arange(len(pool))
-    relevance = _exact_similarity(feature, features, every)
+    feature = similarity_features(query[None], parts, weights, mean)
+    relevance = exact_similarity(feature, features)
     repetition = np.full(len(pool), -np.inf)
     picked = []
     for shot in range(shots):
@@ -290,53 +287,58 @@ def mmr(
         pick = int(np.argmax(np.where(available, value, -np.inf)))
         picked.append(pick)
         available[pick] = False
-        repetition = np.maximum(repetition, _exact_similarity(features[pick], features, every))
+        repetition = np.maximum(repetition, exact_similarity(features[pick][None], features))
     return np.array(picked, np.int32)
 
 
-class _Matches:
-    """For each query, the bank rows that carry the same key (id or picture)."""
-
-    def __init__(self, query_keys: Any, bank_keys: Any):
-        self._order = np.empty(0, np.int64)
-        self._starts = self._stops = None
-        if query_keys is None:
-            return
-        query_keys, bank_keys = np.asarray(query_keys), np.asarray(bank_keys)
-        self._order = np.argsort(bank_keys, kind="stable")
-        ordered = bank_keys[self._order]
-        self._starts = np.searchsorted(ordered, query_keys, side="left")
-        self._stops = np.searchsorted(ordered, query_keys, side="right")
-
-    def of(self, q: int) -> np.ndarray:
-        if self._starts is None:
-            return self._order
-        return self._order[self._starts[q] : self._stops[q]]
+def _matches(query_keys: Any, bank_keys: Any) -> Pairs:
+    """Pairs of a query and the bank rows that carry the same key (id or picture)."""
+    if query_keys is None:
+        return Pairs.none()
+    query_keys, bank_keys = np.asarray(query_keys), np.asarray(bank_keys)
+    order = np.argsort(bank_keys, kind="stable")
+    ordered = bank_keys[order]
+    starts = np.searchsorted(ordered, query_keys, side="left")
+    counts = np.searchsorted(ordered, query_keys, side="right") - starts
+    queries = np.repeat(np.arange(len(query_keys)), counts)
+    within = np.arange(len(queries)) - np.repeat(np.cumsum(counts) - counts, counts)
+    return Pairs.of(queries, order[np.repeat(starts, counts) + within], len(query_keys))
 
 
-def _exact_similarity(feature: np.ndarray, features: np.ndarray, rows: np.ndarray) -> np.ndarray:
-    """float64 dot products, each summed in an order that depends on nothing but its length."""
-    feature = feature.astype(np.float64)
-    exact = np.empty(len(rows))
-    for first in range(0, len(rows), _ROWS_AT_A_TIME):
-        chunk = slice(first, first + _ROWS_AT_A_TIME)
-        exact[chunk] = (features[rows[chunk]] * feature).sum(axis=1)
-    return exact
+def _union(a: Pairs, b: Pairs, num_queries: int) -> Pairs:
+    queries = np.concatenate([a.queries, b.queries])
+    return Pairs.of(queries, np.concatenate([a.rows, b.rows]), num_queries)
 
 
-def _most_similar(
-    feature: np.ndarray, bank: np.ndarray, score: np.ndarray, count: int
-) -> tuple[np.ndarray, np.ndarray]:
-    """The `count` rows of highest exact similarity, in order, from approximate scores [N].
+def _filled(found, num_random, excluded: Pairs, total, query_ids, pool_size, seed) -> np.ndarray:
+    """Rows [B, K] of mixed pools in no particular order, -1 where a pool is short."""
+    order = np.argsort(excluded.queries, kind="stable")
+    barred = np.split(
+        excluded.rows[order],
+        np.searchsorted(excluded.queries[order], np.arange(1, len(query_ids))),
+    )
+    out = np.full((len(query_ids), pool_size), -1, np.int64)
+    for q, query_id in enumerate(query_ids):
+        chosen = np.empty(0, np.int64)
+        for quota, rows, _ in found:
+            new = rows[q][(rows[q] >= 0) & ~np.isin(rows[q], chosen)]
+            chosen = np.concatenate([chosen, new[:quota]])
+        if num_random:
+            rng = np.random.default_rng([seed % 2**64, int(query_id) % 2**64])
+            taken = np.unique(np.concatenate([chosen, barred[q]]))
+            rest = total - len(taken)
+            drawn = rng.choice(rest, min(num_random, rest), replace=False)
+            # The i-th row that is free has as many taken rows before it as this counts.
+            skipped = np.searchsorted(taken - np.arange(len(taken)), drawn, side="right")
+            chosen = np.concatenate([chosen, drawn + skipped])
+        out[q, : len(chosen)] = chosen
+    return out
 
-    A float32 dot product of n terms of two vectors of norm <= 1 is off by at most about n * eps;
-    a row that belongs to the top is thus within twice that of the approximate count-th score.
-    """
-    if count == 0:
-        return np.empty(0, np.int64), np.empty(0)
-    kth = np.partition(score, len(score) - count)[len(score) - count]
-    slack = 2 * (len(feature) + 2) * np.finfo(np.float32).eps
-    candidates = np.flatnonzero((score >= kth - slack) & (score > -np.inf))
-    exact = _exact_similarity(feature, bank, candidates)
-    order = np.lexsort((candidates, -exact))[:count]
-    return candidates[order], exact[order]
+
+def _ordered(rows: np.ndarray, joint: Search) -> tuple[np.ndarray, np.ndarray]:
+    """Rows and exact similarities [B, K], most similar first, ties by the lower row."""
+    exact = np.full(rows.shape, -np.inf)
+    queries, places = np.nonzero(rows >= 0)
+    exact[queries, places] = joint.exact(queries, rows[queries, places])
+    order = np.lexsort((rows, -exact), axis=1)
+    return np.take_along_axis(rows, order, axis=1), np.take_along_axis(exact, order, axis=1)

@@ -270,8 +270,9 @@ class Store(StoreFile):
                 elif stored[1] != row[1]:
                     raise StoreError(
                         f"{self.path} has another candidate pool for query {row[0]}; a query has "
-                        "one pool in mining, training and evaluation: use another --workdir for "
-                        "another --encoder or --pool_size, or for other retrieval settings"
+                        "one pool in mining, training and evaluation: give --encoder, --pool_size, "
+                        "--pool_shares, --image_weight, --question_weight, --near_duplicate and "
+                        "--world_seed as before, or another --workdir"
                     )
             self._insert_new("pools", new, "query_id")
 

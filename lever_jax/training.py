@@ -20,12 +20,12 @@ from lever_jax.types import CandidatePool
 
 
 class PoolTable(NamedTuple):
-    """All embeddings, and each query's pool as rows of the bank.
+    """Embeddings of queries and of the demonstrations in their pools, each once.
 
     Attributes:
       queries: [Q, D] float32 query embeddings.
-      bank: [N, D] float32 demonstration embeddings.
-      rows: [Q, K] int32 rows of the bank; anything where the mask is false.
+      bank: [N', D] float32 embeddings of the demonstrations that some pool holds.
+      rows: [Q, K] int32 rows of `bank`; anything where the mask is false.
       mask: [Q, K] bool.
       query_ids: [Q] uint32, for keys that do not depend on the batch.
     """

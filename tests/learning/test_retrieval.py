@@ -5,6 +5,12 @@ import pytest
 
 from lever_jax import retrieval
 from lever_jax.errors import InputError
+from lever_jax.similarity import (
+    column_mean,
+    exact_similarity,
+    similarity,
+    similarity_features,
+)
 
 PARTS = {"image": (0, 5), "question": (5, 12), "answer": (12, 15)}
 WEIGHTS = {"image": 0.7, "question": 0.3}
@@ -31,6 +37,12 @@ def brute_similarity(query, row, weights=WEIGHTS, mean=None):
     return total / sum(weights.values())
 
 
+def defined(query, bank, weights, mean=None):
+    """[N] similarities by the float64 definition, which has no near ties of its own making."""
+    feature = similarity_features(query[None], PARTS, weights, mean)
+    return exact_similarity(feature, similarity_features(bank, PARTS, weights, mean))
+
+
 def world(rng, num_queries=17, num_bank=60):
     bank_ids = rng.permutation(1000)[:num_bank]
     return {
@@ -53,7 +65,7 @@ def test_similarity_by_hand():
     parts = {"image": (0, 2), "question": (2, 4)}
     query = np.array([[3.0, 4.0, 1.0, 0.0]])
     bank = np.array([[4.0, 3.0, 0.0, 2.0], [30.0, 40.0, 5.0, 0.0], [0.0, 0.0, 1.0, 1.0]])
-    got = retrieval.similarity(query, bank, parts, {"image": 3, "question": 1})
+    got = similarity(query, bank, parts, {"image": 3, "question": 1})
     expected = [(3 * 24 / 25 + 0) / 4, (3 + 1) / 4, (0 + 0.5**0.5) / 4]  # a zero part: cosine 0
     np.testing.assert_allclose(got, [expected], rtol=1e-6)
     assert got.dtype == np.float32
@@ -64,20 +76,21 @@ def test_similarity_against_brute_force(centred):
     rng = np.random.default_rng()
     queries, bank = embeddings(rng, 4), embeddings(rng, 9)
     mean = bank.mean(axis=0, dtype=np.float64) if centred else None
-    got = retrieval.similarity(queries, bank, PARTS, WEIGHTS, mean)
+    got = similarity(queries, bank, PARTS, WEIGHTS, mean)
     expected = [[brute_similarity(q, d, mean=mean) for d in bank] for q in queries]
     np.testing.assert_allclose(got, expected, atol=1e-5)
 
 
-@pytest.mark.parametrize("center", [False, True])
-def test_pools_against_brute_force(center):
+@pytest.mark.parametrize("accelerator", [False, True])  # True runs JAX, here on the CPU
+@pytest.mark.parametrize("centred", [False, True])
+def test_pools_against_brute_force(centred, accelerator):
     rng = np.random.default_rng()
     w = world(rng)
-    pools = retrieval.build_pools(**w, pool_size=12, center=center)
+    mean = column_mean(w["bank_embeddings"]) if centred else None
+    pools = retrieval.build_pools(**w, pool_size=12, mean=mean, accelerator=accelerator)
     assert pools.rows.dtype == np.int32
     assert pools.similarity.dtype == np.float32
     assert pools.mask.all()
-    mean = w["bank_embeddings"].mean(axis=0, dtype=np.float64) if center else None
     for q, query in enumerate(w["query_embeddings"]):
         exact = np.array([brute_similarity(query, d, mean=mean) for d in w["bank_embeddings"]])
         exact[~allowed(w, q)] = -np.inf
@@ -87,18 +100,21 @@ def test_pools_against_brute_force(center):
         assert len(set(pools.rows[q])) == 12
 
 
-@pytest.mark.parametrize("random_share", [0.0, 0.4, 1.0])
-def test_a_pool_depends_on_nothing_but_its_query(random_share):
+SHARES = ({}, {"random": 4}, {"random": 10}, {"image": 3, "question": 3, "random": 2})
+
+
+@pytest.mark.parametrize("shares", SHARES)
+def test_a_pool_depends_on_nothing_but_its_query(shares):
     w = world(np.random.default_rng())
-    options = {"pool_size": 10, "random_share": random_share, "seed": 3}
+    options = {"pool_size": 10, "shares": shares, "seed": 3}
     whole = retrieval.build_pools(**w, **options)
-    for block in (1, 5, 1000):
-        again = retrieval.build_pools(**w, **options, block=block)
+    for how in ({"memory": 1}, {"memory": 9000}, {"memory": 9000, "accelerator": True}):
+        again = retrieval.build_pools(**w, **options, **how)
         for a, b in zip(whole, again):
             np.testing.assert_array_equal(a, b)
     order = np.random.default_rng().permutation(17)[:7]
     some = {k: v[order] if k.startswith("query") else v for k, v in w.items()}
-    for a, b in zip(whole, retrieval.build_pools(**some, **options)):
+    for a, b in zip(whole[:3], retrieval.build_pools(**some, **options)):
         np.testing.assert_array_equal(a[order], b)
 
 
@@ -124,31 +140,86 @@ def test_ties_fall_to_the_lower_row():
         assert len(np.unique(pools.similarity[q])) == 3
 
 
-def test_self_and_same_image_are_excluded():
+@pytest.mark.parametrize("shares", SHARES)
+def test_self_and_same_image_are_excluded(shares):
     w = world(np.random.default_rng())
     w["query_embeddings"][:8] = w["bank_embeddings"][:8]  # the query itself is in the bank
-    for share in (0.0, 0.5, 1.0):
-        pools = retrieval.build_pools(**w, pool_size=30, random_share=share)
-        for q in range(17):
-            assert allowed(w, q)[pools.rows[q]].all()
-            assert len(set(pools.rows[q])) == 30
-
-
-def test_random_share():
-    w = world(np.random.default_rng())
-    plain = retrieval.build_pools(**w, pool_size=10)
-    mixed = retrieval.build_pools(**w, pool_size=10, random_share=0.3)
-    other = retrieval.build_pools(**w, pool_size=10, random_share=0.3, seed=1)
+    pools = retrieval.build_pools(**w, pool_size=30, shares=shares)
     for q in range(17):
-        assert set(plain.rows[q, :7]) <= set(mixed.rows[q])  # 7 by similarity, 3 drawn
-        assert len(set(mixed.rows[q])) == 10
-        assert (np.diff(mixed.similarity[q]) <= 0).all()
-        expected = [
-            brute_similarity(w["query_embeddings"][q], w["bank_embeddings"][r])
-            for r in mixed.rows[q]
-        ]
-        np.testing.assert_allclose(mixed.similarity[q], expected, atol=1e-5)
-    assert (mixed.rows != other.rows).any()
+        assert allowed(w, q)[pools.rows[q]].all()
+        assert len(set(pools.rows[q])) == 30
+    itself = np.isin(w["query_ids"], w["bank_ids"]).sum()
+    barred = sum((~allowed(w, q)).sum() for q in range(17))
+    assert pools.excluded == (itself, barred - itself, 0)
+
+
+@pytest.mark.parametrize("accelerator", [False, True])
+@pytest.mark.parametrize("centred", [False, True])
+def test_near_duplicates_are_excluded(centred, accelerator):
+    rng = np.random.default_rng()
+    w = world(rng)
+    for q in range(17):  # the photograph again, recompressed; the question is another
+        copies = rng.permutation(60)[:2]
+        w["bank_embeddings"][copies, :5] = w["query_embeddings"][q, :5] * [[1.0], [3.0]]
+        w["bank_embeddings"][copies, :5] += rng.normal(size=(2, 5)).astype(np.float32)
+    mean = column_mean(w["bank_embeddings"]) if centred else None
+    options = {"pool_size": 15, "mean": mean, "near_duplicate": 0.99, "accelerator": accelerator}
+    pools = retrieval.build_pools(**w, **options, memory=2**13)
+    barred, near = 0, 0
+    for q, query in enumerate(w["query_embeddings"]):
+        cosines = defined(query, w["bank_embeddings"], {"image": 1.0}, mean)
+        exact = defined(query, w["bank_embeddings"], WEIGHTS, mean)
+        keep = allowed(w, q) & (cosines <= 0.99)
+        exact[~keep] = -np.inf
+        np.testing.assert_array_equal(pools.rows[q], np.argsort(-exact, kind="stable")[:15])
+        barred, near = barred + (~keep).sum(), near + (allowed(w, q) & ~keep).sum()
+    assert near > 0
+    assert sum(pools.excluded) == barred
+    assert pools.excluded.near_duplicate == near
+    with pytest.raises(InputError, match=r"--near_duplicate=0.1 takes over 1 pairs.*raise it"):
+        retrieval.build_pools(**w, pool_size=15, near_duplicate=0.1, memory=64)
+
+
+@pytest.mark.parametrize("accelerator", [False, True])
+def test_mixed_shares_against_brute_force(accelerator):
+    w = world(np.random.default_rng())
+    shares = {"image": 4, "question": 5, "both": 2, "random": 3}
+    pools = retrieval.build_pools(**w, pool_size=16, shares=shares, accelerator=accelerator)
+    other = retrieval.build_pools(**w, pool_size=16, shares=shares, seed=1)
+    for q, query in enumerate(w["query_embeddings"]):
+        chosen = []
+        for weights, count in (({"image": 1}, 4), ({"question": 1}, 5), (WEIGHTS, 4)):
+            exact = defined(query, w["bank_embeddings"], weights)
+            exact[~allowed(w, q)] = -np.inf
+            exact[chosen] = -np.inf
+            chosen += np.argsort(-exact, kind="stable")[:count].tolist()
+        assert set(chosen) <= set(pools.rows[q])
+        assert set(chosen) <= set(other.rows[q])
+        assert len(set(pools.rows[q])) == 16
+        expected = [brute_similarity(query, w["bank_embeddings"][r]) for r in pools.rows[q]]
+        np.testing.assert_allclose(pools.similarity[q], expected, atol=1e-5)
+        assert (np.diff(pools.similarity[q]) <= 0).all()
+    assert (pools.rows != other.rows).any()
+
+
+def test_bad_shares():
+    w = world(np.random.default_rng())
+    for shares, message in (
+        ({"sound": 1}, "--pool_shares: 'sound' is no source .*image, question, both, random"),
+        ({"image": -1}, "--pool_shares: image:-1 must be 0 or more"),
+        ({"image": 4, "random": 2}, "--pool_shares add up to 6, more than --pool_size=5"),
+    ):
+        with pytest.raises(InputError, match=message):
+            retrieval.build_pools(**w, pool_size=5, shares=shares)
+
+
+@pytest.mark.parametrize("side", ["query", "bank"])
+def test_embeddings_that_are_not_finite(side):
+    w = world(np.random.default_rng())
+    w[f"{side}_embeddings"][13, 7] = np.nan
+    row = "query" if side == "query" else "demonstration"
+    with pytest.raises(InputError, match=f"{row} row 13 is not finite"):
+        retrieval.build_pools(**w, pool_size=5, memory=5000)
 
 
 def test_random_share_is_uniform_over_the_rest():
@@ -161,7 +232,7 @@ def test_random_share_is_uniform_over_the_rest():
         weights=WEIGHTS,
         query_ids=np.arange(4000),
         bank_ids=-1 - np.arange(6),
-        random_share=0.34,  # one of three places
+        shares={"random": 1},
     )
     counts = np.sort(np.bincount(pools.rows.ravel(), minlength=6))
     np.testing.assert_array_equal(counts[4:], 4000)
@@ -176,14 +247,12 @@ def test_pool_larger_than_the_bank():
         retrieval.build_pools(**w, pool_size=60)
     with pytest.raises(InputError, match=r"--pool_size=0"):
         retrieval.build_pools(**w, pool_size=0)
-    with pytest.raises(InputError, match=r"--random_share=1.5"):
-        retrieval.build_pools(**w, pool_size=5, random_share=1.5)
 
 
-@pytest.mark.parametrize("share", [0.0, 0.5])
-def test_short_pools_by_mask(share):
+@pytest.mark.parametrize("shares", [*SHARES, {"random": 40}, {"image": 64}])
+def test_short_pools_by_mask(shares):
     w = world(np.random.default_rng())
-    pools = retrieval.build_pools(**w, pool_size=64, random_share=share, allow_short=True)
+    pools = retrieval.build_pools(**w, pool_size=64, shares=shares, allow_short=True)
     assert pools.rows.shape == (17, 64)
     for q in range(17):
         count = allowed(w, q).sum()
@@ -201,7 +270,7 @@ def test_bad_weights():
         ({"image": 0.0}, "all similarity weights are 0"),
     ):
         with pytest.raises(InputError, match=message):
-            retrieval.similarity(bank, bank, PARTS, weights)
+            similarity(bank, bank, PARTS, weights)
 
 
 @pytest.mark.parametrize("weights", [{"image": 1}, {"question": 1}, {"image": 1, "question": 1}])
@@ -221,7 +290,7 @@ def test_rank_within_pool(weights):
 
 def test_a_similarity_pool_is_already_in_order():
     w = world(np.random.default_rng())
-    pools = retrieval.build_pools(**w, pool_size=20, random_share=0.5)
+    pools = retrieval.build_pools(**w, pool_size=20, shares={"image": 5, "random": 8})
     for q, query in enumerate(w["query_embeddings"]):
         pool = w["bank_embeddings"][pools.rows[q]]
         order = retrieval.rank_within_pool(query, pool, PARTS, WEIGHTS)

@@ -113,6 +113,8 @@ def test_evaluation_in_a_new_process_prints_the_same_numbers(trained, tmp_path):
         ("train", ["--model=/no/such/folder"], ["--model=/no/such/folder", "not a folder"]),
         ("train", ["--quotas=beam"], ["--quotas", "source:count"]),
         ("train", ["--quotas=magic:3"], ["magic", "beam"]),
+        ("train", ["--pool_shares=sound:3"], ["--pool_shares", "sound", "question"]),
+        ("train", ["--pool_shares=image:8,random:25"], ["add up to 33", "--pool_size=32"]),
         ("train", ["--dataset=official"], ["--dataset=official needs --bank_questions"]),
         ("train", ["--batch_queries=0"], ["--batch_queries=0", "positive"]),
         ("train", ["--group_size=1"], ["group_size", "2"]),
