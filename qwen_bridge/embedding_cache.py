@@ -27,6 +27,8 @@ from qwen_bridge.vqa.examples import Dataset, Example
 
 # Ids of one call of the environment, which holds its results in memory until it ends.
 _CALL_IDS = 4096
+# Ids of one request to a worker; a text costs far less than an image.
+_REQUEST_IDS = {"image": 64, "text": 256}
 
 # (part, the key of each example) of the parts that share a table.
 _Parts = list[tuple[str, list[bytes]]]
@@ -96,14 +98,16 @@ class EmbeddingCache:
         image_keys = self._image_keys.of(self._dataset, [example.image for example in examples])
         images = [image_keys[example.image] for example in examples]
         questions = [text_key(example.question) for example in examples]
-        sources = [(self._images, "image", [("image", images)])]
+        sources: list[tuple[VectorTable, str, _Parts]] = [
+            (self._images, "image", [("image", images)])
+        ]
         texts = [("question", questions)]
         if kind == "bank":
             texts.append(("answer", [text_key(example.answer) for example in examples]))
         sources.append((self._texts, "text", texts))
         gathered = []
         for table, only, parts in sources:
-            row_of = self._rows(table, f"{kind}:{only}", examples, parts, f"{label}: {only}s")
+            row_of = self._rows(table, kind, only, examples, parts, f"{label}: {only}s")
             vectors = table.data()
             for part, keys in parts:
                 rows = np.array([row_of[key] for key in keys], np.int64)
@@ -111,7 +115,13 @@ class EmbeddingCache:
         return GatheredRows(len(examples), self._dim, gathered)
 
     def _rows(
-        self, table: VectorTable, kind: str, examples: Sequence[Example], parts: _Parts, label: str
+        self,
+        table: VectorTable,
+        kind: str,
+        only: str,
+        examples: Sequence[Example],
+        parts: _Parts,
+        label: str,
     ) -> dict[bytes, int]:
         """The row of every key of `parts`, after the missing vectors were computed."""
         unique = list(dict.fromkeys(key for _, keys in parts for key in keys))
@@ -119,7 +129,7 @@ class EmbeddingCache:
         rows = dict(zip(unique, found.tolist()))
         missing = [key for key, row in rows.items() if row < 0]
         if missing:
-            self._compute(table, kind, examples, parts, set(missing), label)
+            self._compute(table, kind, only, examples, parts, set(missing), label)
             found, lost = table.find(missing)
             if lost or found.min() < 0:
                 raise InputError(
@@ -139,6 +149,7 @@ class EmbeddingCache:
         self,
         table: VectorTable,
         kind: str,
+        only: str,
         examples: Sequence[Example],
         parts: _Parts,
         missing: set[bytes],
@@ -165,4 +176,5 @@ class EmbeddingCache:
                     table.append(list(found), np.stack(list(found.values())))
                     advance(len(found))
 
-                self._environment.embed(kind, [id for id, _ in some], land)
+                ids = [id for id, _ in some]
+                self._environment.embed(f"{kind}:{only}", ids, land, _REQUEST_IDS[only])

@@ -51,6 +51,7 @@ class GatheredRows:
                 raise ValueError(f"rows {part.rows.shape} for {count} embeddings")
         self.shape = (count, dim)
         self._parts = parts
+        self._positions = np.arange(count)
 
     def __len__(self) -> int:
         return self.shape[0]
@@ -60,8 +61,8 @@ class GatheredRows:
         if not isinstance(columns, slice) or columns.step not in (None, 1):
             raise TypeError(f"columns {columns!r} must be a slice without a step")
         first, last, _ = columns.indices(self.shape[1])
-        # An index of the rows alone, so that every part is indexed as NumPy would index an array.
-        chosen = np.arange(self.shape[0])[rows]
+        # NumPy itself says which rows an index means.
+        chosen = self._positions[rows]
         out = np.zeros((*chosen.shape, max(last - first, 0)), np.float32)
         for (low, high), vectors, where in self._parts:
             start, stop = max(low, first), min(high, last)
@@ -79,7 +80,9 @@ class GatheredRows:
         return out if dtype is None else out.astype(dtype, copy=False)
 
     def mean(self, axis: int = 0, dtype=np.float64, out=None) -> np.ndarray:
-        """Mean of all rows `[D]`, a block at a time; `np.mean(rows, axis=0)` comes here too.
+        """Mean of all rows `[D]`; `np.mean(rows, axis=0)` comes here too.
+
+        Each vector is read once, and counts as often as it is used.
 
         Raises:
           ValueError: another axis, or an array to write to.
@@ -87,6 +90,10 @@ class GatheredRows:
         if axis != 0 or out is not None:
             raise ValueError(f"mean(axis={axis}, out={out!r}): only axis=0 into a new array")
         total = np.zeros(self.shape[1], np.float64)
-        for first in range(0, len(self), _BLOCK):
-            total += self[first : first + _BLOCK].sum(axis=0, dtype=np.float64)
+        for (low, high), vectors, rows in self._parts:
+            uses = np.bincount(rows, minlength=len(vectors)).astype(np.float64)
+            for first in range(0, len(vectors), _BLOCK):
+                block = slice(first, first + _BLOCK)
+                if uses[block].any():
+                    total[low:high] += uses[block] @ vectors[block].astype(np.float64)
         return (total / len(self)).astype(np.float64 if dtype is None else dtype, copy=False)

@@ -91,14 +91,15 @@ class VisionFeatures:
 def read_images(
     keys: Sequence[str], read: Callable[[str], Any]
 ) -> Iterator[tuple[str, Any, str | None]]:
-    """Reads images on as many threads as torch may use, a few ahead of the consumer.
+    """Reads images on as many threads as torch may use, while the consumer is at work.
 
     Args:
       keys: image keys.
       read: reads one; pictures are decoded and scaled outside Python's lock.
 
     Yields:
-      (key, what `read` returned, None), or (key, None, the reason) where it cannot be read.
+      In the order of `keys`: (key, what `read` returned, None), or (key, None, the reason) where
+      it cannot be read.
     """
 
     def attempt(key: str) -> tuple[str, Any, str | None]:
@@ -110,10 +111,14 @@ def read_images(
             return key, None, f"image {key}: {error}; mend the file or leave it out"
 
     threads = torch.get_num_threads()
-    ahead = 4 * threads
+    ahead = 2 * threads
     with ThreadPoolExecutor(threads) as pool:
-        for first in range(0, len(keys), ahead):
-            yield from pool.map(attempt, keys[first : first + ahead])
+        waiting = collections.deque(pool.submit(attempt, key) for key in keys[:ahead])
+        for place in range(len(keys)):
+            outcome = waiting.popleft().result()
+            if place + ahead < len(keys):
+                waiting.append(pool.submit(attempt, keys[place + ahead]))
+            yield outcome
 
 
 class VisionCache:

@@ -47,7 +47,8 @@ class Workers:
                 row[7:10] = self.text(example.answer)
         return row
 
-    def embed(self, kind, ids, on_batch):
+    def embed(self, kind, ids, on_batch, batch_size):
+        assert self._batch <= batch_size
         split = kind.partition(":")[0]
         for first in range(0, len(ids), self._batch):
             some = ids[first : first + self._batch]

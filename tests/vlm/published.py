@@ -60,8 +60,26 @@ def clip_folder(folder, seed=0):
     (folder / "vocab.json").write_text(json.dumps(vocabulary))
     lines = ["#version: 0.2", *(" ".join(pair) for pair in merges)]
     (folder / "merges.txt").write_text("\n".join(lines) + "\n")
-    names = {"bos_token": start, "eos_token": end, "pad_token": end, "unk_token": end}
-    _write(folder, "tokenizer_config.json", {"tokenizer_class": "CLIPTokenizer", **names})
+    plain = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": True}
+    names = {
+        name: {"content": token, "__type": "AddedToken", **plain}
+        for name, token in (("bos_token", start), ("eos_token", end), ("unk_token", end))
+    }
+    _write(
+        folder,
+        "tokenizer_config.json",
+        {
+            **names,
+            "pad_token": end,
+            "add_prefix_space": False,
+            "errors": "replace",
+            "do_lower_case": True,
+            "name_or_path": "openai/clip-vit-base-patch32",
+            "model_max_length": 77,
+            "special_tokens_map_file": "./special_tokens_map.json",
+            "tokenizer_class": "CLIPTokenizer",
+        },
+    )
     _write(
         folder,
         "preprocessor_config.json",
@@ -82,12 +100,17 @@ def clip_folder(folder, seed=0):
 
 def siglip_folder(folder, seed=0):
     """Laid out as google/siglip-base-patch16-224: a unigram vocabulary, `</s>` ends and pads."""
+    folder.mkdir(exist_ok=True)
     pieces = ["<pad>", "</s>", "<unk>", "▁", *("▁" + word for word in WORDS), *_letters()]
     scores = [(piece, -float(i)) for i, piece in enumerate(dict.fromkeys(pieces))]
     tokenizer = Tokenizer(models.Unigram(scores, unk_id=2, byte_fallback=False))
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
     tokenizer.decoder = decoders.Metaspace()
+    # Beside it lies the SentencePiece file that it was made of, which nothing here can read.
+    (folder / "spiece.model").write_bytes(b"not read")
     names = {"eos_token": "</s>", "pad_token": "</s>", "unk_token": "<unk>"}
+    names |= {"do_lower_case": True, "model_input_names": ["input_ids"], "model_max_length": 64}
+    names |= {"sp_model_kwargs": {}, "additional_special_tokens": []}
     return _siglip(folder, SiglipConfig, SiglipModel, tokenizer, len(scores), seed, names)
 
 

@@ -98,13 +98,14 @@ def test_cache_runs_each_image_once_and_reports_bad_ones(make_cache):
     again, failed = cache.fetch(["wide", "bad"])
     assert again["wide"] is features["wide"]
     assert list(failed) == ["bad"]
-    assert reads == ["a", "wide", "bad", "gone"]
+    assert sorted(reads) == ["a", "bad", "gone", "wide"]
 
 
 def test_means_are_of_the_towers_states_and_nothing_is_kept(make_cache, tiny):
     cache, reads, passes = make_cache(batch_patches=30)
     keys = ["a", "wide", "b", "large", "a", "c"]
     means = cache.means(keys)
+    assert sorted(reads) == ["a", "b", "c", "large", "wide"]
     assert means.shape == (6, 64)
     assert means.dtype == np.float32
     for key, mean in zip(keys, means):
@@ -113,7 +114,6 @@ def test_means_are_of_the_towers_states_and_nothing_is_kept(make_cache, tiny):
             out = tiny.model.model.visual(torch.from_numpy(pixels), grid_thw=torch.tensor([grid]))
         np.testing.assert_allclose(mean, out.last_hidden_state.mean(0).numpy(), atol=1e-5)
     assert len(cache.kept) == 0
-    assert reads[:5] == ["a", "wide", "b", "large", "c"]
     # Passes of many images, each full once it has 30 patches: 4 + 24 + 4, 48, 4.
     assert passes == [[4, 24, 4], [48], [4]]
 
