@@ -304,6 +304,7 @@ def _save(session: Session, name: str, trained: Trained) -> Trained:
     """Writes the checkpoint of a finished phase."""
     metadata = {
         "phase": name,
+        "shots": _shots(),
         "recipe": trained.recipe,
         "before": trained.before,
         "selector": dataclasses.asdict(settings.selector_config()),

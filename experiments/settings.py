@@ -5,12 +5,16 @@ with to `flags.txt` in its workdir; entry points that continue a run adopt them 
 what is given on the command line wins.
 """
 
+import dataclasses
 import math
+import os
 import pathlib
 
 from absl import flags
 
+from experiments.output import write_out
 from lever_jax.advantages import ADVANTAGES
+from lever_jax.demonstrations import RUN_FILE
 from lever_jax.diagnostics import Thresholds
 from lever_jax.errors import InputError
 from lever_jax.evaluation import METRICS, EvaluationConfig
@@ -294,13 +298,31 @@ def own_flags() -> dict[str, str]:
 
 
 def save_flags(workdir: pathlib.Path) -> None:
-    """Writes the flags as run; `--flagfile=WORKDIR/flags.txt` repeats the run.
+    """Writes the flags as run; `--flagfile=WORKDIR/flags.txt` repeats the run. Also run.json.
 
     S of training is written as a number, so that evaluating other shots does not change it.
     """
     resolved = f"--train_shots={train_shots(evaluated_shots())}"
     lines = [line for line in {**own_flags(), "train_shots": resolved}.values() if line]
     (workdir / "flags.txt").write_text("\n".join([f"--workdir={workdir}", *lines]) + "\n")
+    write_out(str(workdir / RUN_FILE), run_settings())
+
+
+def run_settings() -> dict:
+    """What it takes to use the run's selector elsewhere; `lever_jax.demonstrations` reads it.
+
+    Files and folders have their absolute paths, so that any program finds them.
+    """
+    worker = worker_settings()
+    for part in (worker, worker["dataset"]):
+        for name, value in part.items():
+            if isinstance(value, str) and value and os.path.exists(value):
+                part[name] = os.path.abspath(value)
+    return {
+        "worker": worker,
+        "pools": dataclasses.asdict(pool_config()),
+        "embeddings_dir": str(embeddings_dir().absolute()),
+    }
 
 
 def adopt_flags(workdir: pathlib.Path) -> None:

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lever_jax.errors import InputError
-from lever_jax.retrieval import Excluded, build_pools, pool_quotas
+from lever_jax.retrieval import Excluded, Pools, build_pools, pool_quotas
 from lever_jax.similarity import column_mean
 from lever_jax.store import Store
 from lever_jax.training import PoolTable
@@ -127,9 +127,32 @@ def pool_queries(
       InputError: pools that cannot be filled.
       StoreError: the store has another pool for one of the queries.
     """
+    pools = make_pools(queries, bank, parts, config, bar)
+    pool_ids = np.where(pools.mask, bank.ids[pools.rows], -1)
+    store.put_pools(queries.ids, pool_ids, pools.similarity)
+    # A bank of VQAv2 is 11 GB; what the pools of a run use of it is a small part.
+    used, rows = np.unique(pools.rows, return_inverse=True)
+    table = PoolTable(
+        queries=jnp.asarray(queries.embeddings),
+        bank=jnp.asarray(bank.embeddings[used]),
+        rows=jnp.asarray(rows.reshape(pools.rows.shape).astype(np.int32)),
+        mask=jnp.asarray(pools.mask),
+        query_ids=jnp.asarray((queries.ids % (1 << 32)).astype(np.uint32)),
+    )
+    return PooledQueries(queries.ids, pool_ids, table, bank.mean, pools.excluded)
+
+
+def make_pools(
+    queries: Embedded,
+    bank: Embedded,
+    parts: dict,
+    config: PoolConfig,
+    bar: Callable | None = None,
+) -> Pools:
+    """Pools of `queries` as a run makes them; arguments as for `pool_queries`."""
     if config.near_duplicate < 1 and "image" not in parts:
         raise InputError(f"--near_duplicate={config.near_duplicate} needs embeddings of images")
-    pools = build_pools(
+    return build_pools(
         queries.embeddings,
         bank.embeddings,
         pool_size=config.size,
@@ -146,15 +169,3 @@ def pool_queries(
         memory=config.memory_mib * 2**20,
         bar=bar,
     )
-    pool_ids = np.where(pools.mask, bank.ids[pools.rows], -1)
-    store.put_pools(queries.ids, pool_ids, pools.similarity)
-    # A bank of VQAv2 is 11 GB; what the pools of a run use of it is a small part.
-    used, rows = np.unique(pools.rows, return_inverse=True)
-    table = PoolTable(
-        queries=jnp.asarray(queries.embeddings),
-        bank=jnp.asarray(bank.embeddings[used]),
-        rows=jnp.asarray(rows.reshape(pools.rows.shape).astype(np.int32)),
-        mask=jnp.asarray(pools.mask),
-        query_ids=jnp.asarray((queries.ids % (1 << 32)).astype(np.uint32)),
-    )
-    return PooledQueries(queries.ids, pool_ids, table, bank.mean, pools.excluded)

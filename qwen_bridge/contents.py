@@ -74,6 +74,14 @@ class ImageKeys:
                 "--embeddings_dir"
             ) from error
 
+    def of_file(self, path: pathlib.Path) -> bytes:
+        """Returns the key of one file's content.
+
+        Raises:
+          InputError: it cannot be read.
+        """
+        return _file_key(str(path))
+
     def _remembered(self, stats: dict[str, tuple[str, int, int]]) -> dict[str, bytes]:
         self._path.parent.mkdir(parents=True, exist_ok=True)
         db = sqlite3.connect(self._path, timeout=120.0)

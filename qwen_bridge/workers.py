@@ -20,12 +20,13 @@ from qwen_bridge.scorer import PromptScorer, ReferenceScorer
 from qwen_bridge.segments import SegmentFactory
 from qwen_bridge.trie_scorer import TrieScorer
 from qwen_bridge.vision import VisionCache
+from qwen_bridge.vqa.examples import Dataset
 from qwen_bridge.vqa.sources import open_dataset
 
 SCORERS = ("trie", "reference")
 
 
-def build(settings: dict) -> tuple[PromptScorer, dict]:
+def build(settings: dict, dataset: Dataset | None = None) -> tuple[PromptScorer, dict]:
     """Makes a scorer.
 
     Args:
@@ -34,6 +35,7 @@ def build(settings: dict) -> tuple[PromptScorer, dict]:
         `prompt_style`, `instruction`; `scorer` (`trie` or `reference`), `answer_weight`,
         `gt_prob`, `max_new_tokens`, `cache_mib`, `vision_cache_mib`, `batch_tokens`; `encoder`
         (`qwen`, `clip`, `siglip`) and `encoder_model`, the folder of the latter two.
+      dataset: opened already; else the one that the settings name.
 
     Returns:
       The scorer, and what identifies its scores: model, prompt_template, generation, dataset,
@@ -46,7 +48,8 @@ def build(settings: dict) -> tuple[PromptScorer, dict]:
     logging.disable_progress_bar()
     if threads := int(os.environ.get("OMP_NUM_THREADS", 0)):
         torch.set_num_threads(threads)
-    dataset = open_dataset(settings["dataset"])
+    if dataset is None:
+        dataset = open_dataset(settings["dataset"])
     device = _device(settings["device"])
     dtype = settings["dtype"]
     if dtype == "auto":
