@@ -19,7 +19,7 @@ from qwen_bridge.errors import InputError
 from qwen_bridge.vqa.examples import Dataset, Example
 from qwen_bridge.vqa.images import ImageFolders, image_folders, path_inside
 from qwen_bridge.vqa.records import Report, field, label, one_line, open_bytes, stop
-from qwen_bridge.vqa.subsample import check_sizes, subsampled
+from qwen_bridge.vqa.subsample import SubSample, subsampled
 
 # What decides the name of an image's file, for messages.
 NAMED_BY = "the field 'image'"
@@ -32,33 +32,25 @@ def load_jsonl(
     bank_images: str | Path = "",
     query_images: str | Path = "",
     *,
-    num_train: int,
-    num_eval: int,
-    seed: int,
-    max_bank: int | None = None,
+    sample: SubSample,
     name: str = "jsonl",
 ) -> Dataset:
-    """Loads two files; queries and, if asked, the bank are sub-sampled by seed.
+    """Loads two files and draws from them; see `subsampled`.
 
-    See `subsampled` for what is drawn and what the fingerprint covers. An example without `id`
-    gets a hash of its image's path, question and answers, so that ids do not depend on the order
-    of the lines and an example that changes becomes another.
+    An example without `id` gets a hash of its image's path, question and answers, so that ids do
+    not depend on the order of the lines and an example that changes becomes another.
 
     Args:
       bank_jsonl: demonstrations.
       query_jsonl: queries.
       bank_images: folder of the bank's images; the folder of `bank_jsonl` if empty.
       query_images: likewise.
-      num_train: how many queries to train on, at least 0.
-      num_eval: how many queries to evaluate on, at least 0.
-      seed: draws the sub-samples.
-      max_bank: at most so many demonstrations; all of them by default.
+      sample: how many examples to use, and which.
       name: for reports.
 
     Raises:
       InputError: whatever is wrong with the files or the numbers.
     """
-    check_sizes(num_train, num_eval, max_bank)
     folders = image_folders(
         images_of("bank", bank_jsonl, bank_images),
         images_of("query", query_jsonl, query_images),
@@ -69,10 +61,7 @@ def load_jsonl(
         list(read_jsonl("bank", bank_jsonl, folders).values()),
         list(read_jsonl("query", query_jsonl, folders).values()),
         folders,
-        num_train=num_train,
-        num_eval=num_eval,
-        seed=seed,
-        max_bank=max_bank,
+        sample,
         queries_file=query_jsonl,
     )
 

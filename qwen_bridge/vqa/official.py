@@ -24,7 +24,7 @@ from qwen_bridge.vqa.records import (
     report_orphans,
     stop,
 )
-from qwen_bridge.vqa.subsample import check_sizes, subsampled
+from qwen_bridge.vqa.subsample import SubSample, subsampled
 
 DEFAULT_IMAGE_PATTERN = "COCO_{data_subtype}_{image_id:012d}.jpg"
 _PLACEHOLDERS = {"image_id", "data_subtype"}
@@ -39,31 +39,22 @@ def load_official(
     query_images: str | Path,
     image_pattern: str = DEFAULT_IMAGE_PATTERN,
     *,
-    num_train: int,
-    num_eval: int,
-    seed: int,
-    max_bank: int | None = None,
+    sample: SubSample,
     name: str = "vqa",
 ) -> Dataset:
-    """Loads two splits; queries and, if asked, the bank are sub-sampled by seed.
-
-    See `subsampled` for what is drawn and what the fingerprint covers.
+    """Loads two splits and draws from them; see `subsampled`.
 
     Args:
       bank_questions: questions of the bank; its annotations and image folder follow.
       query_questions: questions of the queries, likewise.
       image_pattern: file name of an image; `{image_id}` is the question's, `{data_subtype}` the
         questions file's ("train2014").
-      num_train: how many queries to train on, at least 0.
-      num_eval: how many queries to evaluate on, at least 0.
-      seed: draws the sub-samples.
-      max_bank: at most so many demonstrations; all of them by default.
+      sample: how many examples to use, and which.
       name: for reports.
 
     Raises:
       InputError: whatever is wrong with the files or the numbers.
     """
-    check_sizes(num_train, num_eval, max_bank)
     check_pattern(image_pattern)
     folders = image_folders(bank_images, query_images)
     return subsampled(
@@ -71,10 +62,7 @@ def load_official(
         read_split("bank", bank_questions, bank_annotations, image_pattern, folders),
         read_split("query", query_questions, query_annotations, image_pattern, folders),
         folders,
-        num_train=num_train,
-        num_eval=num_eval,
-        seed=seed,
-        max_bank=max_bank,
+        sample,
         queries_file=query_questions,
     )
 
