@@ -12,7 +12,7 @@ from pathlib import Path, PurePosixPath
 from PIL import Image
 
 from qwen_bridge.errors import InputError
-from qwen_bridge.vqa.records import one_line
+from qwen_bridge.vqa.records import is_unicode, one_line
 
 # Eight 3840 x 2160 frames: far more than a VLM looks at; a larger file is a bomb or a mistake.
 MAX_IMAGE_PIXELS = 8 * 3840 * 2160
@@ -118,10 +118,6 @@ def path_inside(file: str) -> str | None:
     None where it would leave the folder, or where no file can have that name.
     """
     path = PurePosixPath(file)
-    if path.is_absolute() or ".." in path.parts or not path.parts or "\0" in file:
+    if path.is_absolute() or ".." in path.parts or not path.parts:
         return None
-    try:
-        file.encode()
-    except UnicodeEncodeError:  # JSON can hold half a surrogate pair, a message to a user cannot
-        return None
-    return str(path)
+    return None if "\0" in file or not is_unicode(file) else str(path)

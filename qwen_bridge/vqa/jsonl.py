@@ -18,7 +18,7 @@ from typing import Any
 from qwen_bridge.errors import InputError
 from qwen_bridge.vqa.examples import Dataset, Example
 from qwen_bridge.vqa.images import ImageFolders, image_folders, path_inside
-from qwen_bridge.vqa.records import Report, field, label, one_line, open_bytes, stop
+from qwen_bridge.vqa.records import Report, field, label, one_line, open_bytes, shown, stop, texts
 from qwen_bridge.vqa.subsample import SubSample, subsampled
 
 # What decides the name of an image's file, for messages.
@@ -142,7 +142,7 @@ def _example(record: dict[str, Any], folder: str, place: str, report: Report) ->
     if file is not None and image is None:
         report(
             "bad_image_name",
-            f"{place}: image {file!r} lies outside the image folder; give a path inside it",
+            f"{place}: image {shown(file)} lies outside the image folder; give a path inside it",
         )
     question = field(record, "question", str, place, report)
     answers = _answers(record, place, report)
@@ -159,7 +159,7 @@ def _example(record: dict[str, Any], folder: str, place: str, report: Report) ->
 def _answers(record: dict[str, Any], place: str, report: Report) -> tuple[str, ...]:
     answers = record.get("answers")
     if isinstance(answers, str):
-        return (sys.intern(answers),)
+        answers = [answers]
     if not isinstance(answers, list) or not answers:
         report(
             "no_answers",
@@ -167,10 +167,7 @@ def _answers(record: dict[str, Any], place: str, report: Report) -> tuple[str, .
             "annotator, or a single text",
         )
         return ()
-    for row, answer in enumerate(answers):
-        if not isinstance(answer, str):
-            report("bad_field", f"{place}: answers[{row}] is {answer!r}; it must be text")
-    return tuple(sys.intern(answer) for answer in answers if isinstance(answer, str))
+    return texts(answers, place, "is not text; write it in quotation marks", report)
 
 
 def _id(record: dict[str, Any], content: list, place: str, report: Report) -> int | None:
@@ -179,11 +176,12 @@ def _id(record: dict[str, Any], content: list, place: str, report: Report) -> in
     if id is None:
         return _hash63(content)
     if isinstance(id, str):
-        return _hash63(id)
+        return _hash63(id)  # as JSON in ASCII, so any text will do
     if type(id) is not int or not 0 <= id < 2**63:
         report(
             "bad_id",
-            f"{place}: id {id!r} is not one; give a whole number in [0, 2**63) or a text, or none",
+            f"{place}: id {shown(id)} is not one; give a whole number in [0, 2**63) or a "
+            "text, or none",
         )
         return None
     return id

@@ -22,6 +22,7 @@ from qwen_bridge.vqa.records import (
     official_answers,
     read_records,
     report_orphans,
+    shown,
     stop,
 )
 from qwen_bridge.vqa.subsample import SubSample, subsampled
@@ -123,6 +124,9 @@ def read_split(
     examples = []
     for question_id, record in asked.items():
         place = f"{questions}: question_id {question_id}"
+        if not 0 <= question_id < 2**63:
+            report("bad_id", f"{place} is outside [0, 2**63); renumber it in both files")
+            continue
         annotation = annotated.get(question_id)
         annotation_place = f"{annotations}: question_id {question_id}"
         image_id = field(record, "image_id", (int, str), place, report)
@@ -130,8 +134,8 @@ def read_split(
             if annotation and annotation.get("image_id", image_id) != image_id:
                 report(
                     "two_images",
-                    f"{annotation_place}: image_id {annotation['image_id']!r} is not the "
-                    f"{image_id!r} of {questions}; correct one",
+                    f"{annotation_place}: image_id {shown(annotation['image_id'])} "
+                    f"is not the {shown(image_id)} of {questions}; correct one",
                 )
             if image_id not in images:
                 file = _image_file(pattern, image_id, subtype, place, report)
@@ -166,7 +170,7 @@ def _image_file(
     except (ValueError, TypeError, LookupError) as error:
         report(
             "bad_image_name",
-            f"{place}: image_id {image_id!r} does not fit --image_pattern={pattern} ({error}); "
+            f"{place}: image_id {shown(image_id)} does not fit --image_pattern={pattern} ({error}); "
             "change the pattern",
         )
         return None
@@ -174,6 +178,6 @@ def _image_file(
     if path is None:
         report(
             "bad_image_name",
-            f"{place}: image {file!r} lies outside the image folder; correct the image_id",
+            f"{place}: image {shown(file)} lies outside the image folder; correct the image_id",
         )
     return path

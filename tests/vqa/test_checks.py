@@ -57,10 +57,6 @@ def test_every_fault_of_an_example_is_found():
         example(4, ["red"] * 8 + ["", "\t"]),
         example(5, ["red"] * 9 + ["?"]),
         example(6, ["the"] * 3, question=""),
-        example(7, question="half a \ud800 pair"),
-        example(8, ["red"] * 9 + ["\udc00"]),
-        example(-9),
-        example(2**63),
         example(10, []),  # a reader reports it
     )
     assert found == {
@@ -69,8 +65,6 @@ def test_every_fault_of_an_example_is_found():
         "only_blank_answers": [3],
         "blank_answer": [4],
         "vanishing_answer": [5, 6],
-        "bad_text": [7, 8],
-        "bad_id": [-9, 2**63],
     }
 
 
@@ -116,6 +110,8 @@ def test_the_official_reader_goes_on(tmp_path):
         {"question_id": 5, "image_id": 5, "question": "No annotation?"},
         {"question_id": 6, "image_id": 6, "question": "Wrong answers?"},
         {"question_id": 7, "image_id": 7, "question": "No answers, another image?"},
+        {"question_id": -8, "image_id": 8, "question": "An id below zero?"},
+        {"question_id": 9, "image_id": 9, "question": "Half a \ud800 pair?"},
     ]
     answers = [{"answer": "red"}] * 10
     annotations = [
@@ -124,6 +120,8 @@ def test_the_official_reader_goes_on(tmp_path):
         {"question_id": 4, "answers": answers, "answer_type": 3},
         {"question_id": 6, "answers": [{"answer": 2}, {"answer": "two"}, None]},
         {"question_id": 7, "image_id": 8, "answers": []},
+        {"question_id": -8, "answers": answers},
+        {"question_id": 9, "answers": [*answers[1:], {"answer": "\udc00"}]},
         {"question_id": 99, "answers": answers},
     ]
     for name, records in (("questions", questions), ("annotations", annotations)):
@@ -144,6 +142,8 @@ def test_the_official_reader_goes_on(tmp_path):
         "no_question": 1,
         "bad_field": 5,  # image and question of 3, the label of 4, two answers of 6
         "bad_image_name": 1,
+        "bad_id": 1,
+        "bad_text": 2,
         "two_images": 1,
         "no_answers": 1,
     }

@@ -336,7 +336,15 @@ def test_duplicate_ids(world, part):
 def test_an_id_that_the_wire_cannot_carry(tmp_path):
     world = World(tmp_path)
     world.bank_questions, world.bank_annotations = split(-1, (1, 2))
-    world.fails("id -1 is outside")
+    world.fails(r"bank_questions.json: question_id -1 is outside \[0, 2\*\*63\)")
+
+
+def test_half_a_surrogate_pair(world):
+    where = r"query_questions.json: question_id 201: field 'question' has half a surrogate pair"
+    world.query_questions["questions"][1]["question"] = "\ud83d?"
+    world.fails(where)
+    world.query_annotations["annotations"][0]["answers"][9]["answer"] = "\udc00"
+    world.fails(r"query_annotations.json: question_id 200: answers\[9\] has half a surrogate")
 
 
 def test_more_queries_than_there_are(world):
