@@ -18,7 +18,12 @@ from typing import Any
 
 from qwen_bridge.vqa.accuracy import leave_one_out, normalize
 from qwen_bridge.vqa.examples import Example
-from qwen_bridge.vqa.images import BrokenImageError, ImageFolders, MissingImageError
+from qwen_bridge.vqa.images import (
+    BrokenImageError,
+    ImageFolders,
+    MissingImageError,
+    upright_rgb,
+)
 
 # Qwen2.5-VL's preprocessing refuses longer strips.
 MAX_ASPECT = 200
@@ -230,7 +235,7 @@ def _look(folders: ImageFolders, how: str, key: str) -> _Picture:
         with folders.open(key) as image:
             width, height = image.size
             if how == "decode":
-                image.convert("RGB")
+                upright_rgb(image)
                 digest = hashlib.sha256(folders.path(key).read_bytes()).digest()
     except MissingImageError as error:
         return _Picture(key, fault=("missing_image", str(error)))

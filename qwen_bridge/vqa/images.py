@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
-from PIL import Image
+from PIL import Image, ImageOps
 
 from qwen_bridge.errors import InputError
 from qwen_bridge.vqa.records import is_unicode, one_line
@@ -82,9 +82,21 @@ class ImageFolders:
             ) from error
 
     def __call__(self, key: str) -> Image.Image:
-        """Decodes an image, in RGB; raises as `open`."""
+        """Decodes an image, upright and in RGB; raises as `open`."""
         with self.open(key) as image:
-            return image.convert("RGB")
+            return upright_rgb(image)
+
+
+def upright_rgb(image: Image.Image) -> Image.Image:
+    """The picture as people see it, and as transformers hands it to the VLM.
+
+    Turned as its EXIF orientation says, whatever is transparent on white, in RGB.
+    """
+    image = ImageOps.exif_transpose(image)
+    if image.has_transparency_data:
+        white = Image.new("RGBA", image.size, "white")
+        image = Image.alpha_composite(white, image.convert("RGBA"))
+    return image.convert("RGB")
 
 
 def image_folders(

@@ -170,8 +170,8 @@ def _image_file(
     except (ValueError, TypeError, LookupError) as error:
         report(
             "bad_image_name",
-            f"{place}: image_id {shown(image_id)} does not fit --image_pattern={pattern} ({error}); "
-            "change the pattern",
+            f"{place}: image_id {shown(image_id)} does not fit --image_pattern={pattern} "
+            f"({error}); change the pattern",
         )
         return None
     path = path_inside(file)
