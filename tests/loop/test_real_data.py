@@ -120,7 +120,7 @@ def train(mini, random_qwen, tmp_path_factory):
 
 def finish(process):
     """What a job that ends well prints."""
-    out, err = process.communicate(timeout=400)
+    out, err = process.communicate(timeout=900)
     assert process.returncode == 0, out + err
     return out
 
@@ -149,6 +149,14 @@ def stored(workdir):
         records = {(one.query_id, tuple(one.pointer)): one for one in store.iter_scores()}
         counts = store.counts()
     return records, counts["duplicate_scores"] + counts["duplicate_answers"]
+
+
+def check_kept(before, after):
+    """What was stored is stored still, to the bit; a score may have got its answer since."""
+    for key, record in before.items():
+        assert after[key].gt_prob == record.gt_prob
+        if record.prediction is not None:
+            assert after[key] == record
 
 
 @pytest.fixture(scope="module")
@@ -197,7 +205,7 @@ def test_every_phase_runs_and_eval_json_is_whole(forced):
         assert {row["accuracy"] for row in rows.values()} == {0.0}
     records, twice = stored(workdir)
     assert twice == 0
-    assert before.items() <= records.items()
+    check_kept(before, records)
 
 
 @pytest.mark.slow
@@ -207,14 +215,14 @@ def test_a_killed_run_goes_on_and_ends_in_the_same_place(forced, train, tmp_path
     first, _ = stored(tmp_path)
     kill_at(train(tmp_path, "--force_grpo"), "GRPO round 1")
     second, _ = stored(tmp_path)
-    assert first.items() <= second.items()
+    check_kept(first, second)
     printed = finish(train(tmp_path, "--force_grpo"))
     assert "rce was finished earlier" in printed
     assert read(tmp_path, "eval.json") == read(workdir, "eval.json")
     assert read(tmp_path, "health.json") == read(workdir, "health.json")
     expected, (actual, twice) = stored(workdir)[0], stored(tmp_path)
     assert twice == 0
-    assert second.items() <= actual.items()
+    check_kept(second, actual)
     assert actual.keys() == expected.keys()
     for key, record in expected.items():
         assert actual[key].gt_prob == pytest.approx(record.gt_prob, rel=1e-3)
@@ -238,9 +246,10 @@ def test_a_run_grows_in_its_workdir_but_for_its_bank(forced, train):
     assert read(workdir, "eval.json")["n"] == NUM_EVAL + 3
     records, twice = stored(workdir)
     assert twice == 0
-    assert before.items() < records.items()
+    check_kept(before, records)
+    assert len(before) < len(records)
     bad = train(workdir, f"--max_bank={BANK + 60}")
-    _, said = bad.communicate(timeout=400)
+    _, said = bad.communicate(timeout=900)
     assert bad.returncode == 2
     assert "another candidate pool" in said.strip().splitlines()[-1]
     assert "--max_bank" in said.strip().splitlines()[-1]
@@ -284,7 +293,7 @@ def test_wrong_input_is_one_line_with_the_mend(mini, train, tmp_path, case):
     changes = change(mini)
     sizes = [f"--{name}={changes.pop(name)}" for name in list(changes) if name.startswith("num_")]
     bad = train(tmp_path, *sizes, **changes)
-    _, said = bad.communicate(timeout=120)
+    _, said = bad.communicate(timeout=300)
     assert bad.returncode == 2, said
     assert "Traceback" not in said
     last = said.strip().splitlines()[-1]
