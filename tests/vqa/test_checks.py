@@ -285,7 +285,10 @@ def test_the_real_questions_and_photographs_are_clean(tmp_path):
         for what in ("questions", "annotations")
     ]
     folders = [f"--{role}_images={MINI / 'train2014'}" for role in ("bank", "query")]
-    result = run(*files, *folders, f"--out={out}", "--dataset=official")
+    flags = tmp_path / "train.flags"
+    lines = [*files, *folders, "--dataset=official", "--model=/a/checkpoint", "--num_queries=50"]
+    flags.write_text("\n".join(lines))
+    result = run(f"--flagfile={flags}", f"--out={out}")
     assert (result.returncode, result.stderr) == (0, "")
     assert "verdict: no problems, 1 note" in result.stdout
     check = json.loads(out.read_text())
@@ -297,6 +300,19 @@ def test_the_real_questions_and_photographs_are_clean(tmp_path):
     assert bank["answers_per_question"] == [10, 10]
     assert bank["share_cannot_reach_full_marks"] == pytest.approx(1 / 9, abs=0.01)
     assert max(bank["width"][2], bank["height"][2]) == 336
+
+
+@needs_mini
+def test_questions_without_their_images():
+    files = [f"--query_{what}={MINI}/query_{what}.json" for what in ("questions", "annotations")]
+    result = run(*files)
+    assert result.returncode == 2
+    assert (
+        "--query_images is missing; the query split needs it too, or --image_check" in result.stderr
+    )
+    result = run(*files, "--image_check=none")
+    assert (result.returncode, result.stderr) == (0, "")
+    assert "verdict: no problems, no notes" in result.stdout
 
 
 def test_problems_are_exit_code_1_and_all_of_them_are_in_the_file(tmp_path):
@@ -319,8 +335,9 @@ def test_problems_are_exit_code_1_and_all_of_them_are_in_the_file(tmp_path):
     ("arguments", "message"),
     [
         ([], "no official data to check; give --bank_questions or --query_questions"),
-        (["--bank_questions=q.json"], "--bank_annotations is missing; the bank needs it too"),
+        (["--bank_questions=q.json"], "--bank_annotations is missing; the bank split needs it too"),
         (["--bank_jsonl=none.jsonl"], "--bank_jsonl=none.jsonl is not a file"),
+        (["--dataset=digits"], "--dataset=digits reads no files, so there is nothing to check"),
     ],
 )
 def test_bad_flags_are_one_line_and_exit_code_2(arguments, message):
