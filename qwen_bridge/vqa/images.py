@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image
 
 from qwen_bridge.errors import InputError
 from qwen_bridge.vqa.records import is_unicode, one_line
@@ -18,6 +18,17 @@ from qwen_bridge.vqa.records import is_unicode, one_line
 MAX_IMAGE_PIXELS = 8 * 3840 * 2160
 # Pillow would start other programs for some formats (EPS); these it decodes itself.
 _FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF")
+# What undoes each EXIF orientation. Pillow's own `exif_transpose` also writes the EXIF anew, and
+# over a damaged tag that fails on photographs that are sound.
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 
 
 class MissingImageError(InputError):
@@ -92,7 +103,9 @@ def upright_rgb(image: Image.Image) -> Image.Image:
 
     Turned as its EXIF orientation says, whatever is transparent on white, in RGB.
     """
-    image = ImageOps.exif_transpose(image)
+    turn = _TURNS.get(image.getexif().get(ExifTags.Base.Orientation))
+    if turn is not None:
+        image = image.transpose(turn)
     if image.has_transparency_data:
         white = Image.new("RGBA", image.size, "white")
         image = Image.alpha_composite(white, image.convert("RGBA"))

@@ -64,6 +64,10 @@ def damaged_value(document, rng):
     return document
 
 
+def damaged_json(document, rng):
+    return json.dumps(damaged_value(document, rng)).encode()
+
+
 def damaged_bytes(content, rng):
     """The bytes with some of them overwritten, cut off, cut out, or repeated."""
     content = bytearray(content)
@@ -184,11 +188,9 @@ def test_official_files(official, name):
 
     named = 0
     for case in range(CASES):
-        if case % 2:
-            content = damaged_bytes(good, rng)
-        else:
-            content = json.dumps(damaged_value(OFFICIAL[name], rng)).encode()
-        write(path, content, rng)
+        write(
+            path, damaged_bytes(good, rng) if case % 2 else damaged_json(OFFICIAL[name], rng), rng
+        )
         message = check_load_and_check(settings, read, path)
         named += bool(re.search(r"question_id -?\d+|\[\d+\]", message))
     assert named > CASES / 10
@@ -211,7 +213,7 @@ def test_jsonl_files(tmp_path):
         else:
             row = rng.randrange(len(lines))
             changed = list(lines)
-            changed[row] = json.dumps(damaged_value(LINES[row], rng)).encode()
+            changed[row] = damaged_json(LINES[row], rng)
             content = b"\n".join(changed)
         write(path, content, rng)
         message = check_load_and_check(settings, read, path)
@@ -227,11 +229,9 @@ def test_files_to_score(official, name):
     files = [official / f"query_{part}.json" for part in ("questions", "annotations", "results")]
     scored = 0
     for case in range(CASES):
-        if case % 2:
-            content = damaged_bytes(good, rng)
-        else:
-            content = json.dumps(damaged_value(OFFICIAL[name], rng)).encode()
-        write(path, content, rng)
+        write(
+            path, damaged_bytes(good, rng) if case % 2 else damaged_json(OFFICIAL[name], rng), rng
+        )
         try:
             rows = score_results(*files)
         except InputError as error:
