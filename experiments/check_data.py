@@ -5,7 +5,8 @@
         --bank_questions=... --bank_annotations=... --bank_images=...
         --query_questions=... --query_annotations=... --query_images=...
 
-The flags of the data are those of `experiments.train`. Bank or queries alone can be checked too.
+The flags of the data are those of `experiments.train`, whose flag files can be given as they are.
+Bank or queries alone can be checked too, and with --image_check=none without image folders.
 Exit code 0: nothing wrong, at most notes; 1: problems were found; 2: bad flags, or a file that
 cannot be read at all.
 """
@@ -18,7 +19,7 @@ from typing import Any
 from absl import flags
 from rich.table import Table
 
-from experiments import cli
+from experiments import cli, settings
 from experiments.output import check_out, write_out
 from experiments.progress import CONSOLE, bar, note, stage
 from qwen_bridge.errors import InputError
@@ -34,26 +35,12 @@ from qwen_bridge.vqa.checks import (
 from qwen_bridge.vqa.examples import Example
 from qwen_bridge.vqa.images import ImageFolders, image_folders
 from qwen_bridge.vqa.jsonl import NAMED_BY, images_of, read_jsonl
-from qwen_bridge.vqa.official import DEFAULT_IMAGE_PATTERN, check_pattern, read_split
+from qwen_bridge.vqa.official import check_pattern, read_split
 
 ROLES = ("bank", "query")
 _OFFICIAL = ("questions", "annotations", "images")
 _PROBLEMS_FOUND = 1
 
-DATASET = flags.DEFINE_enum(
-    "dataset", None, ("official", "jsonl"), "Format of the files; by the flags given if left out."
-)
-for _role in ROLES:
-    _whose = {"bank": "the bank", "query": "the queries"}[_role]
-    flags.DEFINE_string(f"{_role}_questions", "", f"Official questions file of {_whose}.")
-    flags.DEFINE_string(f"{_role}_annotations", "", f"Official annotations file of {_whose}.")
-    flags.DEFINE_string(
-        f"{_role}_images", "", f"Image folder of {_whose}; for JSONL the file's own if empty."
-    )
-    flags.DEFINE_string(f"{_role}_jsonl", "", f"JSONL file of {_whose}, in place of the others.")
-IMAGE_PATTERN = flags.DEFINE_string(
-    "image_pattern", DEFAULT_IMAGE_PATTERN, "File name of an image of the official format."
-)
 MIN_ANSWERS = flags.DEFINE_integer(
     "min_answers",
     None,
@@ -62,9 +49,6 @@ MIN_ANSWERS = flags.DEFINE_integer(
 )
 IMAGE_CHECK = flags.DEFINE_enum(
     "image_check", "decode", IMAGE_CHECKS, "Decode every image, read headers only, or none."
-)
-THREADS = flags.DEFINE_integer(
-    "threads", 0, "Images decoded at once; 0 is one a core.", lower_bound=0
 )
 SHOW = flags.DEFINE_integer("show", 5, "Findings printed of each kind.", lower_bound=0)
 OUT = flags.DEFINE_string("out", None, "JSON file of all figures and findings.")
@@ -125,7 +109,7 @@ def _check_images(splits, folders, findings) -> dict[str, dict[str, Any]]:
     stage(f"images: {how}")
     images = {example.image for examples in splits.values() for example in examples}
     with bar("images", len(images)) as advance:
-        threads = THREADS.value or os.cpu_count() or 1
+        threads = settings.THREADS.value or os.cpu_count() or 1
         return check_images(splits, folders, findings, how=how, threads=threads, on_done=advance)
 
 
@@ -141,7 +125,11 @@ def _format_and_roles() -> tuple[str, list[str]]:
         raise InputError(
             f"--{lines[0]}_jsonl and --{documents[0]}_questions are two formats; give one"
         )
-    format = DATASET.value or ("jsonl" if lines else "official")
+    format = "jsonl" if lines else "official"
+    if flags.FLAGS["dataset"].present:
+        format = settings.DATASET.value
+    if format not in ("official", "jsonl"):
+        raise InputError(f"--dataset={format} reads no files, so there is nothing to check")
     roles = lines if format == "jsonl" else documents
     if not roles:
         wanted = "jsonl" if format == "jsonl" else "questions"
@@ -151,20 +139,24 @@ def _format_and_roles() -> tuple[str, list[str]]:
     if format == "official":
         for role in roles:
             for what in _OFFICIAL:
-                if not _flag(role, what):
-                    raise InputError(f"--{role}_{what} is missing; the {role} needs it too")
+                if _flag(role, what) or (what == "images" and IMAGE_CHECK.value == "none"):
+                    continue
+                or_else = ", or --image_check=none" if what == "images" else ""
+                raise InputError(
+                    f"--{role}_{what} is missing; the {role} split needs it too{or_else}"
+                )
     return format, roles
 
 
 def _folders(format: str, roles: list[str]) -> ImageFolders:
     images = dict.fromkeys(ROLES)
     for role in roles:
-        images[role] = _flag(role, "images")
+        images[role] = _flag(role, "images") or None
         if format == "jsonl":
-            images[role] = images_of(role, _flag(role, "jsonl"), images[role])
+            images[role] = images_of(role, _flag(role, "jsonl"), _flag(role, "images"))
     if format == "jsonl":
         return image_folders(images["bank"], images["query"], NAMED_BY)
-    check_pattern(IMAGE_PATTERN.value)
+    check_pattern(settings.IMAGE_PATTERN.value)
     return image_folders(images["bank"], images["query"])
 
 
@@ -179,7 +171,7 @@ def _read(
         return list(by_line.values()), lambda example: f"{path}:{lines[example.id]}"
     path = _flag(role, "questions")
     examples = read_split(
-        role, path, _flag(role, "annotations"), IMAGE_PATTERN.value, folders, findings
+        role, path, _flag(role, "annotations"), settings.IMAGE_PATTERN.value, folders, findings
     )
     if not examples:
         findings("empty_split", f"{path}: not one question that can be read")

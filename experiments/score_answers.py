@@ -18,13 +18,14 @@ from experiments import cli
 from experiments.output import check_out, write_out
 from experiments.progress import CONSOLE
 from lever_jax.statistics import Estimate, mean_ci
+from qwen_bridge.errors import InputError
 from qwen_bridge.vqa.accuracy import MODES
 from qwen_bridge.vqa.results import ScoredAnswer, score_results
 
-QUESTIONS = flags.DEFINE_string("questions", None, "Official questions file.", required=True)
-ANNOTATIONS = flags.DEFINE_string("annotations", None, "Its annotations file.", required=True)
+QUESTIONS = flags.DEFINE_string("questions", "", "Official questions file.")
+ANNOTATIONS = flags.DEFINE_string("annotations", "", "Its annotations file.")
 RESULTS = flags.DEFINE_string(
-    "results", None, "Answers to all of its questions: the official results format.", required=True
+    "results", "", "Answers to all of its questions: the official results format."
 )
 METRIC = flags.DEFINE_enum(
     "metric",
@@ -41,6 +42,11 @@ _UNLABELLED = "(none)"
 
 def main():
     check_out(OUT.value)
+    for flag in (QUESTIONS, ANNOTATIONS, RESULTS):
+        if not flag.value:
+            raise InputError(
+                f"--{flag.name} is missing; give --questions, --annotations and --results"
+            )
     scored = score_results(QUESTIONS.value, ANNOTATIONS.value, RESULTS.value, METRIC.value)
     accuracies = np.array([one.accuracy for one in scored])
     CONSOLE.print(f"overall {100 * accuracies.mean():.2f}")

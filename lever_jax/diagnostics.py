@@ -86,6 +86,7 @@ class Rule(NamedTuple):
     meaning: str
     advice: str
     advice_unknown: str
+    advice_at_one: str = ""  # where the figure is 1.0 and the advice would then mislead
 
 
 RULES = (
@@ -96,6 +97,9 @@ RULES = (
         meaning="queries for which no pointer was ever right; GRPO learns nothing from them",
         advice="raise --pool_size, or mine more proposals a query",
         advice_unknown="no candidate was verified; run stage B, and look at eval_failed",
+        advice_at_one="not one answer was right whatever was shown: this VLM, asked in this way, "
+        "knows nothing of these questions, and more proposals will not help; look at --model, "
+        "--instruction and --max_pixels",
     ),
     Rule(
         figure="spearman_gt_prob_accuracy",
@@ -152,7 +156,7 @@ def verdict(health: dict[str, Any], thresholds: Thresholds = DEFAULT_THRESHOLDS)
             side = "above" if rule.sense == "<=" else "below"
             bounds = f" [{interval[0]:.3g}, {interval[1]:.3g}]" if interval else ""
             text = f"{rule.figure}={value:.3g}{bounds} is {side} {flag}={threshold:g}"
-            advice = rule.advice
+            advice = rule.advice_at_one if value == 1 and rule.advice_at_one else rule.advice
         reasons.append(
             {
                 "figure": rule.figure,

@@ -43,7 +43,8 @@ class StoreFile:
         Args:
           path: the file; `-wal`, `-shm` and `.lock` stand beside it while it is open.
           fingerprint: model, prompt template, generation settings, dataset, metric and whatever
-            else a score depends on. It must equal the one in the file. None takes the file's.
+            else a score depends on. It must equal the one in the file, unless the file holds
+            nothing yet. None takes the file's.
           read_only: needs no lock and changes nothing, but the file must exist.
 
         Raises:
@@ -85,17 +86,33 @@ class StoreFile:
                 new = schema.version(self._db) == 0
                 schema.migrate(self._db)
                 if new:
-                    row = ("fingerprint", schema.canonical_json(fingerprint))
-                    sql = schema.insert_sql("meta")
-                    self._db.execute(sql, self._rows.seal("meta", row))
+                    self._write_fingerprint(fingerprint)
         schema.check_schema(self._db, self.path)
         row = self._db.execute(schema.select_sql("meta", "WHERE key = 'fingerprint'")).fetchone()
         if row is None:
             raise StoreError(f"{self.path}: table meta has no fingerprint, so the file is damaged")
         self.fingerprint = json.loads(self._rows.open("meta", row, key="fingerprint")[1])
+        differs = fingerprint is not None and fingerprint != self.fingerprint
+        if differs and not read_only and self._holds_nothing():
+            # A run that stopped before its first record, over a wrong path say, decides nothing.
+            with self.transaction():
+                self._write_fingerprint(fingerprint)
+            self.fingerprint = fingerprint
         if fingerprint is not None:
             schema.check_fingerprint(self.path, self.fingerprint, fingerprint)
         self._rows = schema.RowChecksums(self.fingerprint)
+
+    def _holds_nothing(self) -> bool:
+        tables = (table for table in schema.TABLES if table != "meta")
+        return not any(
+            self._db.execute(f"SELECT 1 FROM {table} LIMIT 1").fetchone() for table in tables
+        )
+
+    def _write_fingerprint(self, fingerprint: dict[str, str]) -> None:
+        """Writes the fingerprint, unkeyed, in place of another."""
+        row = self._rows.seal("meta", ("fingerprint", schema.canonical_json(fingerprint)))
+        replace = "ON CONFLICT (key) DO UPDATE SET value = excluded.value, checksum = "
+        self._db.execute(schema.insert_sql("meta", replace + "excluded.checksum"), row)
 
     def close(self) -> None:
         """Closes the file, and folds the write-ahead log into it. Safe to call twice."""

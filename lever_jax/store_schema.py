@@ -330,11 +330,23 @@ def differences(stored: dict[str, str], given: dict[str, str]) -> Iterator[str]:
             yield f"{key} is {stored[key]!r} in the file and {given[key]!r} now"
 
 
+# What the keys of a run's fingerprint follow, for messages; a store may have other keys.
+_DECIDED_BY = {
+    "dataset": "--dataset, what its files say, --world_seed and --bank_size",
+    "generation": "--max_new_tokens",
+    "metric": "--answer_weight and --gt_prob",
+    "model": "--model, --dtype, --min_pixels and --max_pixels",
+    "prompt_template": "--prompt_style and --instruction",
+}
+
+
 def check_fingerprint(where: str | os.PathLike, stored: dict, given: dict) -> None:
     """Refuses another fingerprint, and spells out every key that differs."""
     found = list(differences(stored, given))
     if found:
+        keys = [key for key in _DECIDED_BY if stored.get(key) != given.get(key)]
+        follows = "".join(f" ({key} follows {_DECIDED_BY[key]})" for key in keys)
         raise StoreError(
             f"{where} was made with other settings: {'; '.join(found)}. Scores of different "
-            "settings cannot be mixed; use the same settings or another file"
+            f"settings cannot be mixed; use the same settings or another file{follows}"
         )

@@ -9,15 +9,26 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
-from PIL import Image
+from PIL import ExifTags, Image
 
 from qwen_bridge.errors import InputError
-from qwen_bridge.vqa.records import one_line
+from qwen_bridge.vqa.records import is_unicode, one_line
 
 # Eight 3840 x 2160 frames: far more than a VLM looks at; a larger file is a bomb or a mistake.
 MAX_IMAGE_PIXELS = 8 * 3840 * 2160
 # Pillow would start other programs for some formats (EPS); these it decodes itself.
 _FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF")
+# What undoes each EXIF orientation. Pillow's own `exif_transpose` also writes the EXIF anew, and
+# over a damaged tag that fails on photographs that are sound.
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 
 
 class MissingImageError(InputError):
@@ -82,9 +93,23 @@ class ImageFolders:
             ) from error
 
     def __call__(self, key: str) -> Image.Image:
-        """Decodes an image, in RGB; raises as `open`."""
+        """Decodes an image, upright and in RGB; raises as `open`."""
         with self.open(key) as image:
-            return image.convert("RGB")
+            return upright_rgb(image)
+
+
+def upright_rgb(image: Image.Image) -> Image.Image:
+    """The picture as people see it, and as transformers hands it to the VLM.
+
+    Turned as its EXIF orientation says, whatever is transparent on white, in RGB.
+    """
+    turn = _TURNS.get(image.getexif().get(ExifTags.Base.Orientation))
+    if turn is not None:
+        image = image.transpose(turn)
+    if image.has_transparency_data:
+        white = Image.new("RGBA", image.size, "white")
+        image = Image.alpha_composite(white, image.convert("RGBA"))
+    return image.convert("RGB")
 
 
 def image_folders(
@@ -118,10 +143,6 @@ def path_inside(file: str) -> str | None:
     None where it would leave the folder, or where no file can have that name.
     """
     path = PurePosixPath(file)
-    if path.is_absolute() or ".." in path.parts or not path.parts or "\0" in file:
+    if path.is_absolute() or ".." in path.parts or not path.parts:
         return None
-    try:
-        file.encode()
-    except UnicodeEncodeError:  # JSON can hold half a surrogate pair, a message to a user cannot
-        return None
-    return str(path)
+    return None if "\0" in file or not is_unicode(file) else str(path)

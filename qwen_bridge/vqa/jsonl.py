@@ -18,8 +18,8 @@ from typing import Any
 from qwen_bridge.errors import InputError
 from qwen_bridge.vqa.examples import Dataset, Example
 from qwen_bridge.vqa.images import ImageFolders, image_folders, path_inside
-from qwen_bridge.vqa.records import Report, field, label, one_line, open_bytes, stop
-from qwen_bridge.vqa.subsample import check_sizes, subsampled
+from qwen_bridge.vqa.records import Report, field, label, one_line, open_bytes, shown, stop, texts
+from qwen_bridge.vqa.subsample import SubSample, subsampled
 
 # What decides the name of an image's file, for messages.
 NAMED_BY = "the field 'image'"
@@ -32,33 +32,25 @@ def load_jsonl(
     bank_images: str | Path = "",
     query_images: str | Path = "",
     *,
-    num_train: int,
-    num_eval: int,
-    seed: int,
-    max_bank: int | None = None,
+    sample: SubSample,
     name: str = "jsonl",
 ) -> Dataset:
-    """Loads two files; queries and, if asked, the bank are sub-sampled by seed.
+    """Loads two files and draws from them; see `subsampled`.
 
-    See `subsampled` for what is drawn and what the fingerprint covers. An example without `id`
-    gets a hash of its image's path, question and answers, so that ids do not depend on the order
-    of the lines and an example that changes becomes another.
+    An example without `id` gets a hash of its image's path, question and answers, so that ids do
+    not depend on the order of the lines and an example that changes becomes another.
 
     Args:
       bank_jsonl: demonstrations.
       query_jsonl: queries.
       bank_images: folder of the bank's images; the folder of `bank_jsonl` if empty.
       query_images: likewise.
-      num_train: how many queries to train on, at least 0.
-      num_eval: how many queries to evaluate on, at least 0.
-      seed: draws the sub-samples.
-      max_bank: at most so many demonstrations; all of them by default.
+      sample: how many examples to use, and which.
       name: for reports.
 
     Raises:
       InputError: whatever is wrong with the files or the numbers.
     """
-    check_sizes(num_train, num_eval, max_bank)
     folders = image_folders(
         images_of("bank", bank_jsonl, bank_images),
         images_of("query", query_jsonl, query_images),
@@ -69,10 +61,7 @@ def load_jsonl(
         list(read_jsonl("bank", bank_jsonl, folders).values()),
         list(read_jsonl("query", query_jsonl, folders).values()),
         folders,
-        num_train=num_train,
-        num_eval=num_eval,
-        seed=seed,
-        max_bank=max_bank,
+        sample,
         queries_file=query_jsonl,
     )
 
@@ -153,7 +142,7 @@ def _example(record: dict[str, Any], folder: str, place: str, report: Report) ->
     if file is not None and image is None:
         report(
             "bad_image_name",
-            f"{place}: image {file!r} lies outside the image folder; give a path inside it",
+            f"{place}: image {shown(file)} lies outside the image folder; give a path inside it",
         )
     question = field(record, "question", str, place, report)
     answers = _answers(record, place, report)
@@ -170,7 +159,7 @@ def _example(record: dict[str, Any], folder: str, place: str, report: Report) ->
 def _answers(record: dict[str, Any], place: str, report: Report) -> tuple[str, ...]:
     answers = record.get("answers")
     if isinstance(answers, str):
-        return (sys.intern(answers),)
+        answers = [answers]
     if not isinstance(answers, list) or not answers:
         report(
             "no_answers",
@@ -178,10 +167,7 @@ def _answers(record: dict[str, Any], place: str, report: Report) -> tuple[str, .
             "annotator, or a single text",
         )
         return ()
-    for row, answer in enumerate(answers):
-        if not isinstance(answer, str):
-            report("bad_field", f"{place}: answers[{row}] is {answer!r}; it must be text")
-    return tuple(sys.intern(answer) for answer in answers if isinstance(answer, str))
+    return texts(answers, place, "is not text; write it in quotation marks", report)
 
 
 def _id(record: dict[str, Any], content: list, place: str, report: Report) -> int | None:
@@ -190,11 +176,12 @@ def _id(record: dict[str, Any], content: list, place: str, report: Report) -> in
     if id is None:
         return _hash63(content)
     if isinstance(id, str):
-        return _hash63(id)
+        return _hash63(id)  # as JSON in ASCII, so any text will do
     if type(id) is not int or not 0 <= id < 2**63:
         report(
             "bad_id",
-            f"{place}: id {id!r} is not one; give a whole number in [0, 2**63) or a text, or none",
+            f"{place}: id {shown(id)} is not one; give a whole number in [0, 2**63) or a "
+            "text, or none",
         )
         return None
     return id

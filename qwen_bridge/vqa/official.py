@@ -22,9 +22,10 @@ from qwen_bridge.vqa.records import (
     official_answers,
     read_records,
     report_orphans,
+    shown,
     stop,
 )
-from qwen_bridge.vqa.subsample import check_sizes, subsampled
+from qwen_bridge.vqa.subsample import SubSample, subsampled
 
 DEFAULT_IMAGE_PATTERN = "COCO_{data_subtype}_{image_id:012d}.jpg"
 _PLACEHOLDERS = {"image_id", "data_subtype"}
@@ -39,31 +40,22 @@ def load_official(
     query_images: str | Path,
     image_pattern: str = DEFAULT_IMAGE_PATTERN,
     *,
-    num_train: int,
-    num_eval: int,
-    seed: int,
-    max_bank: int | None = None,
+    sample: SubSample,
     name: str = "vqa",
 ) -> Dataset:
-    """Loads two splits; queries and, if asked, the bank are sub-sampled by seed.
-
-    See `subsampled` for what is drawn and what the fingerprint covers.
+    """Loads two splits and draws from them; see `subsampled`.
 
     Args:
       bank_questions: questions of the bank; its annotations and image folder follow.
       query_questions: questions of the queries, likewise.
       image_pattern: file name of an image; `{image_id}` is the question's, `{data_subtype}` the
         questions file's ("train2014").
-      num_train: how many queries to train on, at least 0.
-      num_eval: how many queries to evaluate on, at least 0.
-      seed: draws the sub-samples.
-      max_bank: at most so many demonstrations; all of them by default.
+      sample: how many examples to use, and which.
       name: for reports.
 
     Raises:
       InputError: whatever is wrong with the files or the numbers.
     """
-    check_sizes(num_train, num_eval, max_bank)
     check_pattern(image_pattern)
     folders = image_folders(bank_images, query_images)
     return subsampled(
@@ -71,10 +63,7 @@ def load_official(
         read_split("bank", bank_questions, bank_annotations, image_pattern, folders),
         read_split("query", query_questions, query_annotations, image_pattern, folders),
         folders,
-        num_train=num_train,
-        num_eval=num_eval,
-        seed=seed,
-        max_bank=max_bank,
+        sample,
         queries_file=query_questions,
     )
 
@@ -135,6 +124,9 @@ def read_split(
     examples = []
     for question_id, record in asked.items():
         place = f"{questions}: question_id {question_id}"
+        if not 0 <= question_id < 2**63:
+            report("bad_id", f"{place} is outside [0, 2**63); renumber it in both files")
+            continue
         annotation = annotated.get(question_id)
         annotation_place = f"{annotations}: question_id {question_id}"
         image_id = field(record, "image_id", (int, str), place, report)
@@ -142,8 +134,8 @@ def read_split(
             if annotation and annotation.get("image_id", image_id) != image_id:
                 report(
                     "two_images",
-                    f"{annotation_place}: image_id {annotation['image_id']!r} is not the "
-                    f"{image_id!r} of {questions}; correct one",
+                    f"{annotation_place}: image_id {shown(annotation['image_id'])} "
+                    f"is not the {shown(image_id)} of {questions}; correct one",
                 )
             if image_id not in images:
                 file = _image_file(pattern, image_id, subtype, place, report)
@@ -178,14 +170,14 @@ def _image_file(
     except (ValueError, TypeError, LookupError) as error:
         report(
             "bad_image_name",
-            f"{place}: image_id {image_id!r} does not fit --image_pattern={pattern} ({error}); "
-            "change the pattern",
+            f"{place}: image_id {shown(image_id)} does not fit --image_pattern={pattern} "
+            f"({error}); change the pattern",
         )
         return None
     path = path_inside(file)
     if path is None:
         report(
             "bad_image_name",
-            f"{place}: image {file!r} lies outside the image folder; correct the image_id",
+            f"{place}: image {shown(file)} lies outside the image folder; correct the image_id",
         )
     return path

@@ -9,6 +9,7 @@ reported and was not stopped returns what it could read, or None.
 import contextlib
 import gzip
 import json
+import reprlib
 import sys
 import zlib
 from collections.abc import Callable, Iterable, Iterator
@@ -16,6 +17,8 @@ from pathlib import Path
 from typing import IO, Any
 
 from qwen_bridge.errors import InputError
+
+_HALF_A_PAIR = "half a surrogate pair, which is no character; write the whole character"
 
 # Takes the kind of a fault (one of the keys of `checks.KINDS`) and the message.
 Report = Callable[[str, str], None]
@@ -25,6 +28,15 @@ def stop(kind: str, message: str):
     """The `Report` of loaders: the first fault ends it."""
     del kind
     raise InputError(message)
+
+
+_SHORT = reprlib.Repr()
+_SHORT.maxstring = _SHORT.maxother = 200
+
+
+def shown(value: Any) -> str:
+    """A value from a file as messages show it: as Python writes it, cut where it is long."""
+    return _SHORT.repr(value)
 
 
 def one_line(error: Exception) -> str:
@@ -123,13 +135,19 @@ def field(
     place: str,
     report: Report = stop,
 ) -> Any:
-    """The value of a field that must be there and of one of the `kinds`; else None."""
+    """The value of a field that must be there and of one of the `kinds`; else None.
+
+    A text must also be Unicode; see `is_unicode`.
+    """
     value = record.get(name)
     if isinstance(value, kinds) and not isinstance(value, bool):
-        return value
+        if not isinstance(value, str) or is_unicode(value):
+            return value
+        report("bad_text", f"{place}: field {name!r} has {_HALF_A_PAIR}")
+        return None
     kinds = kinds if isinstance(kinds, tuple) else (kinds,)
     wanted = " or ".join({int: "a whole number", str: "text"}[kind] for kind in kinds)
-    given = f"is {value!r}" if name in record else "is missing"
+    given = f"is {shown(value)}" if name in record else "is missing"
     report("bad_field", f"{place}: field {name!r} {given}; it must be {wanted}")
     return None
 
@@ -150,10 +168,31 @@ def official_answers(
             f"{place}: field 'answers' is missing or empty; a split needs answers",
         )
         return ()
+    return texts(answers, place, "has no text as 'answer'; add it", report)
+
+
+def texts(answers: list[Any], place: str, otherwise: str, report: Report = stop) -> tuple[str, ...]:
+    """Those of the `answers` that are texts; of others, `otherwise` says what is wrong."""
+    kept = []
     for row, answer in enumerate(answers):
         if not isinstance(answer, str):
-            report("bad_field", f"{place}: answers[{row}] has no text as 'answer'; add it")
-    return tuple(answer for answer in answers if isinstance(answer, str))
+            report("bad_field", f"{place}: answers[{row}] {otherwise}")
+        elif not is_unicode(answer):
+            report("bad_text", f"{place}: answers[{row}] has {_HALF_A_PAIR}")
+        else:
+            kept.append(sys.intern(answer))
+    return tuple(kept)
+
+
+def is_unicode(text: str) -> bool:
+    """Whether the text can be written: JSON can hold half a surrogate pair, a tokenizer cannot."""
+    if text.isascii():
+        return True
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _only_the_answer(record: dict[str, Any]) -> Any:

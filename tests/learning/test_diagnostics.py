@@ -300,6 +300,9 @@ def test_verdict_says_what_to_do():
     assert reason["flag"] == "--max_zero_positive"
     assert "--min_spearman=0.6" in verdict(figures(0.0, 0.5), Thresholds(min_spearman=0.6)).text
     assert verdict(figures(0.234, 0.5), Thresholds(max_zero_positive=0.25)).ready
+    nothing = verdict(figures(1.0, None)).reasons[0]["advice"]
+    assert "knows nothing" in nothing
+    assert "--pool_size" not in nothing
 
 
 def test_thresholds_reach_the_verdict():

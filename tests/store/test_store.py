@@ -235,6 +235,7 @@ def test_proposals_are_unique_as_ordered_tuples(store):
 
 
 def test_another_fingerprint_is_spelled_out(store, path):
+    store.put_pools([1], [[5, 6]], [[0.5, 0.4]])
     store.close()
     other = {"model": "tiny", "prompt_template": "b2", "seed": "1"}
     with pytest.raises(InputError) as caught:
@@ -244,9 +245,25 @@ def test_another_fingerprint_is_spelled_out(store, path):
     assert "metric is 'normalized' in the file and not given now" in message
     assert "seed is not in the file and '1' now" in message
     assert "model" not in message
+    assert "prompt_template follows --prompt_style and --instruction" in message
     with Store.open(path, read_only=True) as reader:
         assert reader.fingerprint == FINGERPRINT
     assert os.listdir(path.parent) == [path.name]
+
+
+def test_a_store_that_holds_nothing_takes_another_fingerprint(store, path):
+    store.close()
+    other = {"model": "big"}
+    with pytest.raises(StoreError, match="made with other settings"):
+        Store.open(path, other, read_only=True)
+    with Store.open(path, other) as again:
+        assert again.fingerprint == other
+        again.put_scores([scored(1, (2,))])
+    with pytest.raises(StoreError, match="made with other settings"):
+        Store.open(path, FINGERPRINT)
+    with Store.open(path, other) as again:
+        assert again.verify() == []
+        assert get(again, [scored(1, (2,))]) == [scored(1, (2,))]
 
 
 def test_a_row_of_another_fingerprint_does_not_verify(store, path, tmp_path):

@@ -1,12 +1,8 @@
-"""The embedded checkpoint in this process, and where the shared real data lie."""
-
-import pathlib
+"""The embedded checkpoint in this process."""
 
 import pytest
 
 from qwen_bridge import workers
-
-SHARED = pathlib.Path(__file__).parents[3] / "shared" / "data"
 
 SETTINGS = {
     "dataset": {"kind": "digits", "seed": 0, "bank": 300, "train": 40, "eval": 60},
@@ -41,11 +37,3 @@ def make_scorer():
         return built[key]
 
     return make
-
-
-@pytest.fixture(scope="session")
-def shared():
-    """The folder of real data, or a skip where it is absent."""
-    if not SHARED.is_dir():
-        pytest.skip(f"needs the real data in {SHARED}, which are not part of the product")
-    return SHARED
