@@ -52,6 +52,7 @@ def test_everything_is_in_the_workdir(trained):
     assert (result["n"], sorted(result["shots"])) == (30, ["1", "2"])
     methods = {
         "zero_shot", "random", "similarity_image", "similarity_question", "similarity_joint",
+        "similarity_image_reversed", "similarity_question_reversed", "similarity_joint_reversed",
         "mmr", "selector_warmup", "selector_rce", "selector_grpo", "oracle_in_pool",
     }  # fmt: skip
     for rows in result["shots"].values():
