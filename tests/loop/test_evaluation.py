@@ -1,26 +1,49 @@
 """Evaluation over the fake VLM, whose accuracies are known by hand."""
 
+import contextlib
 import itertools
 
 import numpy as np
 import pytest
 import scipy.stats
 from fake import FakeEnvironment, worth
-from small_world import PARTS
+from small_world import PARTS, World, no_bar
 
 from lever_jax.errors import InputError
 from lever_jax.evaluation import EvaluationConfig, best_similarity, evaluate, gap_closed
+from lever_jax.scoring import ScoringService
+from lever_jax.store import Store
 
 CONFIG = EvaluationConfig(shots=(1, 2), random_seeds=2, oracle_beam=8)
 
 
-def run(world, config=CONFIG, selectors=("selector_rce",), **options):
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """One world for all tests here: its samplers are compiled once."""
+    world = World(tmp_path_factory.mktemp("world"))
+    yield world
+    world.store.close()
+
+
+@pytest.fixture
+def failing_service(tmp_path):
+    """Makes a service over a VLM that fails on some queries."""
+    with contextlib.ExitStack() as stack:
+
+        def make(queries):
+            store = stack.enter_context(Store.open(tmp_path / "failing.sqlite", {"model": "fake"}))
+            return ScoringService(store, FakeEnvironment(failing=queries), no_bar)
+
+        yield make
+
+
+def run(world, config=CONFIG, selectors=("selector_rce",), service=None, **options):
     return evaluate(
         world.queries,
         PARTS,
         dict.fromkeys(selectors, world.params),
         world.proposer,
-        world.service,
+        service or world.service,
         config,
         **options,
     )
@@ -32,8 +55,7 @@ def right(world, pointers):
     return np.array([worth(q, pool[p]) >= 0.6 for q, pool, p in pools], float)
 
 
-def test_accuracies_are_those_of_the_picks(make_world):
-    world = make_world()
+def test_accuracies_are_those_of_the_picks(world):
     result = run(world)
     assert (result["n"], result["metric"]) == (12, "normalized")
     for shots in (1, 2):
@@ -58,8 +80,7 @@ def test_accuracies_are_those_of_the_picks(make_world):
         assert rows["zero_shot"]["ci95"] == pytest.approx([wilson.low, wilson.high])
 
 
-def test_most_similar_last_and_reversed(make_world):
-    world = make_world()
+def test_most_similar_last_and_reversed(world):
     picks = CONFIG.baselines(world.queries, PARTS, 3)
     # Pools are ordered by the joint similarity, so its picks are the first three, reversed.
     assert (picks["similarity_joint"][0] == [2, 1, 0]).all()
@@ -72,16 +93,14 @@ def test_most_similar_last_and_reversed(make_world):
         assert all(len(set(p)) == 3 for p in pointers.tolist())
 
 
-def test_random_picks_follow_the_query_not_the_batch(make_world):
-    world = make_world()
+def test_random_picks_follow_the_query_not_the_batch(world):
     picks = CONFIG.baselines(world.queries, PARTS, 2)["random"]
     again = CONFIG.baselines(world.queries, PARTS, 2)["random"]
     assert all((a == b).all() for a, b in zip(picks, again))
     assert (picks[0] != picks[1]).any()
 
 
-def test_spread_of_random_seeds(make_world):
-    world = make_world()
+def test_spread_of_random_seeds(world):
     config = EvaluationConfig(shots=(2,), random_seeds=4, oracle_beam=0)
     row = run(world, config)["shots"]["2"]["random"]
     means = [right(world, p).mean() for p in config.baselines(world.queries, PARTS, 2)["random"]]
@@ -92,8 +111,7 @@ def test_spread_of_random_seeds(make_world):
     assert row["accuracy"] == pytest.approx(np.mean(means))
 
 
-def test_the_oracle_does_not_depend_on_what_is_evaluated_beside_it(make_world):
-    world = make_world()
+def test_the_oracle_does_not_depend_on_what_is_evaluated_beside_it(world):
     narrow = EvaluationConfig(shots=(2,), oracle_beam=1)  # misses much, so picks could add to it
     none = run(world, narrow, selectors=())["shots"]["2"]
     both = run(world, narrow, selectors=("selector_rce", "selector_grpo"))["shots"]["2"]
@@ -102,10 +120,10 @@ def test_the_oracle_does_not_depend_on_what_is_evaluated_beside_it(make_world):
     assert none["oracle_in_pool"]["accuracy"] >= max(better)
 
 
-def test_by_answer_type(make_world):
-    world = make_world(environment=FakeEnvironment(failing={1003}))
+def test_by_answer_type(world, failing_service):
+    service = failing_service({1003})
     types = ["yes/no", "number", "yes/no", ""] * 3
-    rows = run(world, answer_types=types)["shots"]["2"]
+    rows = run(world, service=service, answer_types=types)["shots"]["2"]
     hits = right(world, CONFIG.baselines(world.queries, PARTS, 2)["mmr"][0])
     found = rows["mmr"]["by_answer_type"]
     assert list(found) == ["yes/no", "number"]  # the most frequent first, the unlabelled nowhere
@@ -116,22 +134,21 @@ def test_by_answer_type(make_world):
     assert run(world)["shots"]["2"]["mmr"]["by_answer_type"] == {}
 
 
-def test_failed_queries_are_left_out_not_counted_wrong(make_world):
-    world = make_world(environment=FakeEnvironment(failing={1000, 1005}))
-    rows = run(world)["shots"]["2"]
+def test_failed_queries_are_left_out_not_counted_wrong(world, failing_service):
+    service = failing_service({1000, 1005})
+    rows = run(world, service=service)["shots"]["2"]
     assert all(row["n"] == 10 for row in rows.values())
 
 
-def test_where_every_prompt_fails_nothing_is_known(make_world):
-    world = make_world(environment=FakeEnvironment(failing=set(range(1000, 1012))))
-    result = run(world)
+def test_where_every_prompt_fails_nothing_is_known(world, failing_service):
+    service = failing_service(set(range(1000, 1012)))
+    result = run(world, service=service)
     for name, row in result["shots"]["1"].items():
         assert (row["accuracy"], row["ci95"], row["n"]) == (None, None, 0), name
     assert all(row["diff"] is None for row in result["paired"])
 
 
-def test_paired_rows_compare_the_same_queries(make_world):
-    world = make_world()
+def test_paired_rows_compare_the_same_queries(world):
     result = run(world)
     for row in result["paired"]:
         table = result["shots"][str(row["shots"])]
@@ -140,8 +157,7 @@ def test_paired_rows_compare_the_same_queries(make_world):
         assert row["ci95"][0] <= row["diff"] <= row["ci95"][1]
 
 
-def test_reordered_prompts_are_compared_only_where_there_is_an_order(make_world):
-    world = make_world()
+def test_reordered_prompts_are_compared_only_where_there_is_an_order(world):
     config = EvaluationConfig(shots=(1, 2), decodings=("greedy", "shuffled"), oracle_beam=0)
     pairs = {(row["a"], row["b"], row["shots"]) for row in run(world, config)["paired"]}
     assert ("selector_rce_shuffled", "selector_rce", 2) in pairs
@@ -150,18 +166,13 @@ def test_reordered_prompts_are_compared_only_where_there_is_an_order(make_world)
     assert not [pair for pair in one if "reversed" in pair[0] + pair[1]]
 
 
-@pytest.mark.parametrize("shots", range(1, 9))
-def test_every_number_of_shots(make_world, shots):
-    world = make_world()
-    config = EvaluationConfig(
-        shots=(shots,), decodings=("greedy", "beam", "shuffled"), oracle_beam=1, random_seeds=1
-    )
-    rows = run(world, config)["shots"][str(shots)]
+def test_eight_shots(world):
+    config = EvaluationConfig(shots=(8,), decodings=("greedy", "shuffled"), oracle_beam=1)
+    rows = run(world, config)["shots"]["8"]
     assert all(row["n"] == 12 for row in rows.values())
 
 
-def test_more_shots_than_candidates_are_refused(make_world):
-    world = make_world()
+def test_more_shots_than_candidates_are_refused(world):
     with pytest.raises(InputError, match=r"--shots=9 exceeds the 8 candidates.*--pool_size"):
         run(world, EvaluationConfig(shots=(2, 9)))
 
