@@ -54,7 +54,7 @@ def print_evaluation(result: dict[str, Any]) -> None:
         _print_accuracy(result, shots[first : first + _SIDE_BY_SIDE])
     _print_by_type(result, shots[-1])
     table = _table("paired differences on the same queries")
-    for column in ("a - b", "shots", "difference", "95% interval", "n"):
+    for column in ("a - b", "shots", "diff", "95% interval", "n"):
         _add_column(table, column)
     for row in result["paired"]:
         name = f"{_labelled(row['a'])} - {_labelled(row['b'])}"
@@ -67,7 +67,7 @@ def print_evaluation(result: dict[str, Any]) -> None:
 def print_comparison(result: dict[str, Any]) -> None:
     """Prints the paired differences of two runs, see `compare.compare`."""
     table = _table(f"a - b on the same queries, VQA accuracy ({result['metric']})")
-    for column in ("method", "shots", "a", "b", "difference", "95% interval", "n", "same prompt"):
+    for column in ("method", "shots", "a", "b", "diff", "95% interval", "n", "same prompt"):
         _add_column(table, column)
     for row in result["rows"]:
         table.add_row(

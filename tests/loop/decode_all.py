@@ -15,34 +15,33 @@ from small_world import World
 from lever_jax import checkpoint
 from lever_jax.decoding import DECODINGS, decode
 
-SHOTS = (1, 3)
+SHOTS = 3
 
 
 def decode_all(world, params) -> dict[str, np.ndarray]:
     """Picks of every decoding and, along the greedy picks, the logits they were chosen by."""
     rows = np.arange(len(world.queries))
-    arrays = {}
-    for shots in SHOTS:
-        found = decode(
-            "selector",
-            params,
-            DECODINGS,
-            world.queries,
-            world.proposer,
-            world.service,
-            shots=shots,
-            accuracy="accuracy",
-            beam_width=3,
-            rerank_width=3,
-            shuffles=2,
-            seed=0,
-        )
-        for name, draws in found.items():
-            for draw, answered in enumerate(draws):
-                arrays[f"{name} {shots} {draw}"] = answered.pointers
-        arrays[f"logits {shots}"] = logits_along(world, params, found["selector"][0].pointers)
-        wide = world.proposer.beam(params, rows, shots=shots, width=3)
-        arrays[f"log_probs {shots}"] = wide.log_probs
+    found = decode(
+        "selector",
+        params,
+        DECODINGS,
+        world.queries,
+        world.proposer,
+        world.service,
+        shots=SHOTS,
+        accuracy="accuracy",
+        beam_width=3,
+        rerank_width=3,
+        shuffles=2,
+        seed=0,
+    )
+    arrays = {
+        f"{name} {draw}": answered.pointers
+        for name, draws in found.items()
+        for draw, answered in enumerate(draws)
+    }
+    arrays["logits"] = logits_along(world, params, found["selector"][0].pointers)
+    arrays["log_probs"] = world.proposer.beam(params, rows, shots=SHOTS, width=3).log_probs
     return arrays
 
 

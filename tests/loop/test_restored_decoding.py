@@ -7,7 +7,7 @@ import sys
 
 import jax
 import numpy as np
-from decode_all import SHOTS, decode_all
+from decode_all import decode_all
 from small_world import World
 
 from lever_jax import checkpoint
@@ -40,9 +40,7 @@ def test_every_decoding_is_the_same_in_a_new_process(tmp_path):
     assert child.returncode == 0, said
     theirs = np.load(tmp_path / "theirs.npz")
     assert set(theirs) == set(ours)
-    for shots in SHOTS:
-        for decoding in DECODINGS:
-            assert f"{method_name('selector', decoding)} {shots} 0" in ours
+    assert {f"{method_name('selector', decoding)} 0" for decoding in DECODINGS} < set(ours)
     for name, array in ours.items():
         assert array.dtype == theirs[name].dtype
         assert array.tobytes() == theirs[name].tobytes(), name
