@@ -72,7 +72,7 @@ def read_picks(path: pathlib.Path, metric: str) -> RunPicks:
       InputError: the file is no picks.jsonl, was cut, holds a line twice or lines of two runs.
     """
     run = RunPicks(path)
-    with bar(f"read {path.name}", path.stat().st_size) as advance, path.open("rb") as stream:
+    with bar(f"read {path.name}, bytes", path.stat().st_size) as advance, path.open("rb") as stream:
         for number, text in enumerate(stream, start=1):
             advance(len(text))
             _add(run, _line(text, METRICS[metric], f"{path}, line {number}"))
