@@ -1,9 +1,14 @@
-"""Restores the selectors of a run in a new process and evaluates them.
+"""Restores the selectors of a run in a new process and evaluates them; compares two runs.
 
     python -m experiments.evaluate --workdir=runs/digits [--phase=rce|grpo] [--shots=1,2,4]
+        [--decodings=greedy,beam,rerank,oracle_rerank,shuffled]
+    python -m experiments.evaluate --workdir=runs/a --compare=runs/b [--out=FILE]
 
 The flags of the run are adopted from the workdir; those given here win. Prompts that the run has
-scored are read from its store, others are scored now and added to it.
+scored are read from its store, others are scored now and added to it. The result is eval.json and
+picks.jsonl; an evaluation of other phases, shots or decodings than the run's goes to files of its
+own, such as eval_rce_shots-3.json and picks_rce_shots-3.jsonl. `--compare` needs no VLM: it reads
+the picks of both runs.
 """
 
 import pathlib
@@ -11,6 +16,8 @@ import pathlib
 from absl import flags
 
 from experiments import cli, phases, settings
+from experiments.compare import compare_runs, picks_of
+from experiments.output import check_out, write_out
 from experiments.progress import note, stage
 from experiments.session import open_session
 from experiments.tables import print_evaluation
@@ -18,12 +25,30 @@ from lever_jax.errors import InputError
 
 PHASE = flags.DEFINE_enum("phase", None, settings.PHASES, "Evaluate this phase only; default all.")
 OUT = flags.DEFINE_string(
-    "out", None, "JSON file of the result; default WORKDIR/eval.json, or eval_PHASE.json."
+    "out", None, "JSON file of the result; default WORKDIR/eval.json, or eval_WHAT_DIFFERS.json."
+)
+PICKS = flags.DEFINE_string(
+    "picks",
+    None,
+    "File of every pick; default WORKDIR/picks.jsonl, or picks_WHAT_DIFFERS.jsonl. With --compare: "
+    "the picks of this run.",
+)
+COMPARE = flags.DEFINE_string(
+    "compare", None, "Compare the run's picks with this run's: its workdir or picks file; no VLM."
 )
 
 
 def main():
     workdir = pathlib.Path(settings.WORKDIR.value)
+    check_out(OUT.value)
+    if COMPARE.value:
+        if (workdir / "flags.txt").exists():
+            settings.adopt_flags(workdir)
+        ours = picks_of(PICKS.value, "picks") if PICKS.value else picks_of(workdir, "workdir")
+        theirs = picks_of(COMPARE.value, "compare")
+        compare_runs(ours, theirs, settings.METRIC.value, OUT.value)
+        return
+    check_out(PICKS.value, "picks")
     settings.adopt_flags(workdir)
     settings.check()
     stage(f"open: {workdir}")
@@ -39,13 +64,15 @@ def main():
         selectors = {name: phases.restore_phase(session, name) for name in wanted}
         note(f"restored {', '.join(wanted) or 'nothing'}")
         stage("evaluate: every method on held-out queries")
-        result = phases.evaluate_phases(session, selectors)
-        # A part of the phases does not overwrite the whole run's table.
-        name = f"eval_{PHASE.value}.json" if PHASE.value else "eval.json"
-        out = pathlib.Path(OUT.value) if OUT.value else workdir / name
-        phases.write_json(out, result)
+        # A part of the evaluation, or another one, does not overwrite the run's own.
+        different = [PHASE.value] if PHASE.value else []
+        name = "_".join(["", *different, *settings.evaluation_changes(workdir)])
+        picks = pathlib.Path(PICKS.value or workdir / f"picks{name}.jsonl")
+        out = OUT.value or str(workdir / f"eval{name}.json")
+        result = phases.evaluate_phases(session, selectors, picks)
+        write_out(out, result)
         print_evaluation(result)
-        note(f"written to {out}")
+        note(f"written to {out} and {picks}")
 
 
 if __name__ == "__main__":

@@ -1,14 +1,16 @@
-"""The JSON files that entry points write where `--out` says."""
+"""The files that entry points write where a flag such as `--out` says."""
 
+import contextlib
 import json
 import os
 import pathlib
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from qwen_bridge.errors import InputError
 
 
-def check_out(path: str | None) -> None:
+def check_out(path: str | None, flag: str = "out") -> None:
     """Refuses an output file that could not be written, before the work for it is done.
 
     Raises:
@@ -18,9 +20,9 @@ def check_out(path: str | None) -> None:
         return
     out = pathlib.Path(path)
     if out.is_dir() or not out.name:
-        raise InputError(f"--out={path} is not the name of a file; give one, as X.json")
+        raise InputError(f"--{flag}={path} is not the name of a file; give one, as X.json")
     if not out.absolute().parent.is_dir():
-        raise InputError(f"--out={path} is in a folder that does not exist; make it first")
+        raise InputError(f"--{flag}={path} is in a folder that does not exist; make it first")
 
 
 def write_out(path: str | None, document: Any) -> None:
@@ -31,11 +33,39 @@ def write_out(path: str | None, document: Any) -> None:
     """
     if path is None:
         return
+    with whole_file(path) as write:
+        write(json.dumps(document, indent=1) + "\n")
+
+
+@contextlib.contextmanager
+def whole_file(path: str | os.PathLike, flag: str = "out") -> Iterator[Callable[[str], None]]:
+    """Yields `write(text)`; the file appears, whole, if the block ends well, and else not at all.
+
+    Raises:
+      InputError: the file cannot be written.
+    """
     out = pathlib.Path(path)
     partial = out.with_name(f".{out.name}.{os.getpid()}")
-    try:
-        partial.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
-        partial.replace(out)
-    except OSError as error:
-        partial.unlink(missing_ok=True)
-        raise InputError(f"--out={path} cannot be written ({error}); give another file") from None
+
+    @contextlib.contextmanager
+    def named_errors():
+        try:
+            yield
+        except OSError as error:
+            raise InputError(
+                f"--{flag}={path} cannot be written ({error}); give another file"
+            ) from None
+
+    with contextlib.ExitStack() as stack:
+        stack.callback(lambda: partial.unlink(missing_ok=True))
+        with named_errors():
+            stream = stack.enter_context(partial.open("w", encoding="utf-8"))
+
+        def write(text: str) -> None:
+            with named_errors():
+                stream.write(text)
+
+        yield write
+        with named_errors():
+            stream.close()
+            partial.replace(out)

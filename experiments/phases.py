@@ -9,6 +9,7 @@ import csv
 import dataclasses
 import hashlib
 import json
+import pathlib
 from typing import Any
 
 import jax
@@ -16,6 +17,8 @@ import numpy as np
 
 from experiments import settings
 from experiments.metrics import MetricsLog
+from experiments.output import whole_file
+from experiments.picks import PickLines
 from experiments.progress import bar, note
 from experiments.session import Session
 from lever_jax import checkpoint
@@ -239,16 +242,26 @@ def _grpo_rounds(session: Session, reference: Any, recipe: str, log: MetricsLog)
     return state.params if learnt else None
 
 
-def evaluate_phases(session: Session, selectors: dict[str, Trained]) -> dict[str, Any]:
-    """Evaluates the selectors (phase name to parameters) beside the baselines and the oracle."""
-    return evaluate(
-        session.eval,
-        session.parts,
-        {f"selector_{name}": trained.params for name, trained in selectors.items()},
-        Proposer(session.policy, session.eval.table),
-        session.service,
-        settings.evaluation_config(),
-    )
+def evaluate_phases(
+    session: Session, selectors: dict[str, Trained], picks: pathlib.Path | None = None
+) -> dict[str, Any]:
+    """Evaluates the selectors (phase name to parameters) beside the baselines and the oracle.
+
+    What each method showed to each query goes to `picks`, by default picks.jsonl of the workdir.
+    """
+    queries = session.eval
+    examples = [session.dataset.example("query", int(id)) for id in queries.query_ids]
+    with whole_file(picks or session.workdir / "picks.jsonl", "picks") as write:
+        return evaluate(
+            queries,
+            session.parts,
+            {f"selector_{name}": trained.params for name, trained in selectors.items()},
+            Proposer(session.policy, queries.table),
+            session.service,
+            settings.evaluation_config(),
+            answer_types=[example.answer_type for example in examples],
+            on_picks=PickLines(write, queries, session.dataset, session.identity),
+        )
 
 
 def restore_phase(session: Session, name: str) -> Trained:

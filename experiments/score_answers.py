@@ -74,7 +74,7 @@ def main():
 
 def _estimate(accuracies: np.ndarray) -> Estimate:
     resamples = _RESAMPLES if len(accuracies) <= _MANY else _FEW_RESAMPLES
-    return mean_ci(accuracies, resamples=resamples)
+    return mean_ci(accuracies, bounds=(0.0, 1.0), resamples=resamples)
 
 
 def _by_label(scored: list[ScoredAnswer], accuracies: np.ndarray, name: str) -> dict[str, Estimate]:

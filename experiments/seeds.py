@@ -14,8 +14,10 @@ from absl import flags
 from rich.table import Table
 
 from experiments import cli
+from experiments.output import check_out, write_out
 from experiments.progress import CONSOLE
 from experiments.tables import number
+from lever_jax.decoding import is_oracle
 from lever_jax.errors import InputError
 from lever_jax.evaluation import gap_closed
 
@@ -29,14 +31,15 @@ def read_run(workdir: pathlib.Path) -> dict:
     """Accuracies, gap shares and health of one run.
 
     Raises:
-      InputError: the run has no eval.json or health.json.
+      InputError: the run has no eval.json, health.json or flags.txt.
     """
     content = {}
-    for name in ("eval", "health"):
-        path = workdir / f"{name}.json"
+    for name in ("eval.json", "health.json", "flags.txt"):
+        path = workdir / name
         if not path.exists():
             raise InputError(f"--workdirs: {path} is missing; finish the run first")
-        content[name] = json.loads(path.read_text())
+        content[path.stem] = path.read_text()
+    content |= {name: json.loads(content[name]) for name in ("eval", "health")}
     shots = {
         shots: {
             method: {**row, "gap_closed": gap_closed(rows, method)} for method, row in rows.items()
@@ -45,7 +48,7 @@ def read_run(workdir: pathlib.Path) -> dict:
     }
     return {
         "workdir": str(workdir),
-        "flags": (workdir / "flags.txt").read_text().split(),
+        "flags": content["flags"].split(),
         "n": content["eval"]["n"],
         "metric": content["eval"]["metric"],
         "shots": shots,
@@ -68,7 +71,11 @@ def print_runs(runs: list[dict]) -> None:
                 if row is None:
                     cells.append("-")
                     continue
-                closed = row["gap_closed"] if method.startswith("selector") else None
+                closed = (
+                    row["gap_closed"]
+                    if method.startswith("selector") and not is_oracle(method)
+                    else None
+                )
                 share = "" if closed is None else f" ({closed:.0%})"
                 cells.append(number(row["accuracy"]) + share)
             table.add_row(method, *cells)
@@ -76,16 +83,18 @@ def print_runs(runs: list[dict]) -> None:
 
 
 def main():
+    check_out(OUT.value)
     runs = [read_run(pathlib.Path(workdir)) for workdir in WORKDIRS.value]
     print_runs(runs)
-    if OUT.value:
-        summary = {
+    write_out(
+        OUT.value,
+        {
             "versions": {name: metadata.version(name) for name in _PACKAGES},
             "device": f"{platform.machine()}, {platform.processor() or 'CPU'}",
             "python": platform.python_version(),
             "runs": runs,
-        }
-        pathlib.Path(OUT.value).write_text(json.dumps(summary, indent=1) + "\n")
+        },
+    )
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ import pathlib
 from absl import flags
 
 from experiments.output import write_out
+from lever_jax import decoding
 from lever_jax.advantages import ADVANTAGES
 from lever_jax.demonstrations import RUN_FILE
 from lever_jax.diagnostics import Thresholds
@@ -263,8 +264,18 @@ VERIFY = flags.DEFINE_enum(
 
 # --- evaluation -------------------------------------------------------------------------------
 METRIC = flags.DEFINE_enum("metric", "normalized", tuple(METRICS), "VQA accuracy mode reported.")
+DECODINGS = flags.DEFINE_list(
+    "decodings",
+    ["greedy"],
+    f"How selectors pick, of {', '.join(decoding.DECODINGS)}. rerank and oracle_rerank cost "
+    "--rerank_width answers a query each.",
+)
+BEAM_WIDTH = flags.DEFINE_integer("beam_width", 8, "Beams of --decodings=beam.", lower_bound=1)
+RERANK_WIDTH = flags.DEFINE_integer(
+    "rerank_width", 8, "Most probable pointers that a rerank has answered.", lower_bound=1
+)
 RANDOM_SEEDS = flags.DEFINE_integer(
-    "random_seeds", 3, "Random picks averaged a query.", lower_bound=1
+    "random_seeds", 3, "Random picks, and orders of `shuffled`, averaged a query.", lower_bound=1
 )
 MMR_TRADE_OFF = flags.DEFINE_float(
     "mmr_trade_off", 0.7, "1 is plain similarity, [0, 1].", lower_bound=0.0, upper_bound=1.0
@@ -272,6 +283,12 @@ MMR_TRADE_OFF = flags.DEFINE_float(
 ORACLE_BEAM = flags.DEFINE_integer(
     "oracle_beam", 6, "Width of the oracle's search; 0 leaves it out.", lower_bound=0
 )
+
+# Flags that decide what an evaluation table holds; see `evaluation_changes`.
+_EVALUATION = (
+    "shots", "metric", "decodings", "beam_width", "rerank_width", "random_seeds",
+    "mmr_trade_off", "oracle_beam", "num_eval",
+)  # fmt: skip
 
 # Flags that say where or how to run, not what: a run may be continued with others.
 _NOT_ADOPTED = frozenset({"workdir", "flagfile", "undefok", "device", "workers", "threads"})
@@ -368,6 +385,37 @@ def evaluated_shots() -> tuple[int, ...]:
 def left_out(phase: str) -> bool:
     """Whether the flags leave a phase out of the run."""
     return phase == "warmup" and WARMUP.value == "none"
+
+
+def evaluated_decodings() -> tuple[str, ...]:
+    """How selectors pick in the evaluation, checked."""
+    names = tuple(dict.fromkeys(DECODINGS.value))
+    for name in names:
+        if name not in decoding.DECODINGS:
+            raise InputError(f"--decodings: {name!r} is not one of {', '.join(decoding.DECODINGS)}")
+    if not names:
+        raise InputError("--decodings is empty; give some, as --decodings=greedy,beam")
+    return names
+
+
+def evaluation_changes(workdir: pathlib.Path) -> list[str]:
+    """What differs from the evaluation of the run itself, as `shots-1-2-4`; flags are adopted."""
+    run = dict(
+        line.removeprefix("--").partition("=")[::2]
+        for line in (workdir / "flags.txt").read_text().splitlines()
+    )
+    changes = []
+    for name in _EVALUATION:
+        value = FLAGS[name].serialize().partition("=")[2]
+        if value != run.get(name, _default(name)):
+            changes.append(f"{name}-{value.replace(',', '-')}")
+    return changes
+
+
+def _default(name: str) -> str:
+    """A flag's default as it would stand in flags.txt."""
+    default = FLAGS[name].default
+    return ",".join(default) if isinstance(default, list) else str(default)
 
 
 def train_shots(shots: tuple[int, ...]) -> int:
@@ -552,6 +600,9 @@ def evaluation_config() -> EvaluationConfig:
     return EvaluationConfig(
         shots=evaluated_shots(),
         metric=METRIC.value,
+        decodings=evaluated_decodings(),
+        beam_width=BEAM_WIDTH.value,
+        rerank_width=RERANK_WIDTH.value,
         random_seeds=RANDOM_SEEDS.value,
         mmr_trade_off=MMR_TRADE_OFF.value,
         oracle_beam=ORACLE_BEAM.value,

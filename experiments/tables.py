@@ -2,10 +2,15 @@
 
 from typing import Any
 
+from rich import box
 from rich.table import Table
+from rich.text import Text
 
 from experiments.progress import CONSOLE, note
+from lever_jax.decoding import is_oracle
 from lever_jax.evaluation import gap_closed
+
+_SIDE_BY_SIDE, _TYPES_SHOWN, _MARK = 2, 3, " *"
 
 SHOWN = (
     "queries",
@@ -44,37 +49,102 @@ def print_health(health: dict[str, Any]) -> None:
 
 
 def print_evaluation(result: dict[str, Any]) -> None:
-    """Prints accuracy with n and interval by method and shots, then the paired differences."""
-    title = f"VQA accuracy ({result['metric']}), n = {result['n']} evaluation queries"
-    table = Table(title=title, title_justify="left")
-    table.add_column("method", no_wrap=True)
-    for shots in result["shots"]:
-        table.add_column(f"{shots} shot{'s' if shots != '1' else ''}", justify="right")
-        table.add_column("95% interval", justify="right")
-        table.add_column("gap closed", justify="right")
-    methods = list(dict.fromkeys(m for rows in result["shots"].values() for m in rows))
-    for method in methods:
-        cells = []
-        for rows in result["shots"].values():
-            row = rows[method]
-            closed = gap_closed(rows, method) if method.startswith("selector") else None
-            cells += [number(row["accuracy"]), interval(row["ci95"])]
-            cells.append("" if closed is None else f"{closed:.0%}")
-        table.add_row(method, *cells)
-    CONSOLE.print(table)
-    table = Table(title="paired differences on the same queries", title_justify="left")
-    for column in ("a - b", "shots", "difference", "95% interval", "n"):
-        side = "left" if column == "a - b" else "right"
-        table.add_column(column, justify=side, no_wrap=True)
+    """Prints accuracy with n and interval by method, shots and answer type; paired differences."""
+    shots = list(result["shots"])
+    # Two numbers of shots side by side fit 100 columns.
+    for first in range(0, len(shots), _SIDE_BY_SIDE):
+        _print_accuracy(result, shots[first : first + _SIDE_BY_SIDE])
+    _print_by_type(result, shots[-1])
+    table = _table("paired differences on the same queries")
+    for column in ("a - b", "shots", "diff", "95% interval", "n"):
+        _add_column(table, column)
     for row in result["paired"]:
+        name = f"{_labelled(row['a'])} - {_labelled(row['b'])}"
+        table.add_row(name, str(row["shots"]), *_difference(row), str(row["n"]))
+    CONSOLE.print(table)
+    if any(map(is_oracle, result["shots"][shots[-1]])):
+        note(f"{_MARK.strip()} reads the ground truth: an oracle, which nobody can deploy")
+
+
+def print_comparison(result: dict[str, Any]) -> None:
+    """Prints the paired differences of two runs, see `compare.compare`."""
+    table = _table(f"a - b on the same queries, VQA accuracy ({result['metric']})")
+    for column in ("method", "shots", "a", "b", "diff", "95% interval", "n", "same prompt"):
+        _add_column(table, column)
+    for row in result["rows"]:
         table.add_row(
-            f"{row['a']} - {row['b']}",
+            _labelled(row["method"]),
             str(row["shots"]),
-            f"{row['diff']:+.3f}" if row["diff"] is not None else "-",
-            interval(row["ci95"]),
+            number(row["a"]),
+            number(row["b"]),
+            *_difference(row),
             str(row["n"]),
+            "-" if row["same_prompt"] is None else f"{row['same_prompt']:.0%}",
         )
     CONSOLE.print(table)
+
+
+def _print_accuracy(result: dict[str, Any], shots: list[str]) -> None:
+    title = f"VQA accuracy ({result['metric']}), n = {result['n']} evaluation queries"
+    table = _table(title)
+    _add_column(table, "method")
+    tables = [result["shots"][count] for count in shots]
+    partly = any(row["n"] != result["n"] for rows in tables for row in rows.values())
+    for count in shots:
+        _add_column(table, f"{count} shot{'s' if count != '1' else ''}")
+        _add_column(table, "95% interval")
+        if partly:
+            _add_column(table, "n")
+        _add_column(table, "closed")
+    for method in dict.fromkeys(method for rows in tables for method in rows):
+        cells = []
+        for rows in tables:
+            row = rows[method]
+            deployable = method.startswith("selector") and not is_oracle(method)
+            closed = gap_closed(rows, method) if deployable else None
+            cells += [number(row["accuracy"]), interval(row["ci95"])]
+            cells += [str(row["n"])] if partly else []
+            cells.append("" if closed is None else f"{closed:.0%}")
+        table.add_row(_labelled(method), *cells)
+    CONSOLE.print(table)
+
+
+def _print_by_type(result: dict[str, Any], shots: str) -> None:
+    """Accuracy by the most frequent answer types; all of them are in eval.json."""
+    rows = result["shots"][shots]
+    types = list(rows["zero_shot"].get("by_answer_type", {}))[:_TYPES_SHOWN]
+    if not types:
+        return
+    table = _table(f"by answer type, {shots} shot{'s' if shots != '1' else ''}")
+    _add_column(table, "method")
+    for name in types:
+        n = rows["zero_shot"]["by_answer_type"][name]["n"]
+        table.add_column(Text(f"{name}, n = {n}"), justify="right")
+    for method, row in rows.items():
+        figures = [row["by_answer_type"].get(name) for name in types]
+        cells = [
+            "-" if one is None else f"{number(one['accuracy'])} {interval(one['ci95'])}"
+            for one in figures
+        ]
+        table.add_row(_labelled(method), *cells)
+    CONSOLE.print(table)
+
+
+def _table(title: str) -> Table:
+    return Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+
+
+def _add_column(table: Table, name: str) -> None:
+    side = "left" if name in ("method", "a - b") else "right"
+    table.add_column(name, justify=side, no_wrap=True)
+
+
+def _labelled(method: str) -> str:
+    return f"{method}{_MARK}" if is_oracle(method) else method
+
+
+def _difference(row: dict[str, Any]) -> tuple[str, str]:
+    return (f"{row['diff']:+.3f}" if row["diff"] is not None else "-"), interval(row["ci95"])
 
 
 def number(value) -> str:

@@ -398,9 +398,9 @@ def _headroom(
     compared = ~np.isnan(oracle) & ~np.isnan(pick)
     of_oracle = compared if compared.any() else ~np.isnan(oracle)
     gap = oracle[compared] - pick[compared]
-    figures["oracle_in_data"] = mean_ci(oracle[of_oracle], **sampling)
-    figures["model_pick"] = mean_ci(pick[compared], **sampling)
-    figures["headroom"] = mean_ci(gap, **sampling)
+    figures["oracle_in_data"] = mean_ci(oracle[of_oracle], bounds=(0.0, 1.0), **sampling)
+    figures["model_pick"] = mean_ci(pick[compared], bounds=(0.0, 1.0), **sampling)
+    figures["headroom"] = mean_ci(gap, bounds=(-1.0, 1.0), **sampling)
     figures["pct_headroom_over_0_2"] = share_ci(gap > _GAP)
     return int(compared.sum())
 

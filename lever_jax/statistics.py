@@ -4,6 +4,9 @@ A number without an interval is not a result, so every function here returns an 
 value, its bounds and how many observations it rests on. What cannot be known is None, never NaN,
 and degenerate data (empty, one value, all equal) give no warning. Intervals are bootstraps seeded
 by argument, so a figure printed twice is the same figure.
+
+A bootstrap of equal observations would claim certainty, so where the range of an observation is
+known (`bounds`) such data get an interval from how many observations agreed, see `_unanimous`.
 """
 
 import warnings
@@ -37,7 +40,12 @@ class Estimate(NamedTuple):
 
 
 def mean_ci(
-    values: np.ndarray, *, confidence: float = 0.95, resamples: int = 5000, seed: int = 0
+    values: np.ndarray,
+    *,
+    bounds: tuple[float, float] | None = None,
+    confidence: float = 0.95,
+    resamples: int = 5000,
+    seed: int = 0,
 ) -> Estimate:
     """Mean with a bootstrap interval.
 
@@ -46,16 +54,18 @@ def mean_ci(
 
     Args:
       values: [n] finite numbers.
+      bounds: least and greatest value that an observation can have, such as (0, 1) for
+        accuracies and (-1, 1) for their differences.
       confidence: in (0, 1).
       resamples: bootstrap resamples.
       seed: of the resampling.
 
     Returns:
-      `Estimate`. No value if n = 0, no interval if n = 1; all values equal give an interval of
-      zero width (for a share of yes and no, `share_ci` is the honest one).
+      `Estimate`. No value if n = 0. Where all values are equal, n = 1 included, the interval comes
+      from the bounds; without bounds it has zero width, and there is none if n = 1.
 
     Raises:
-      ValueError: a value is NaN or infinite.
+      ValueError: a value is NaN, infinite or outside the bounds.
 
     References: Efron, Better bootstrap confidence intervals, 1987; `scipy.stats.bootstrap`.
     """
@@ -63,8 +73,12 @@ def mean_ci(
     n = len(values)
     if n == 0:
         return Estimate(None, None, None, 0)
+    if bounds is not None and not bounds[0] <= values.min() <= values.max() <= bounds[1]:
+        raise ValueError(f"values lie outside the bounds {bounds}")
     if np.ptp(values) == 0:
         value = float(values[0])
+        if bounds is not None:
+            return Estimate(value, *_unanimous(value, n, bounds, confidence), n)
         bound = value if n > 1 else None
         return Estimate(value, bound, bound, n)
     value = float(values.mean())
@@ -91,6 +105,7 @@ def paired_difference(
     a: np.ndarray,
     b: np.ndarray,
     *,
+    bounds: tuple[float, float] | None = None,
     confidence: float = 0.95,
     resamples: int = 5000,
     seed: int = 0,
@@ -102,6 +117,8 @@ def paired_difference(
 
     Args:
       a, b: [n] one finite number a query, in the same order.
+      bounds: of a difference; two methods that agree on every query then get the interval that
+        n agreeing queries allow, not zero width.
       confidence, resamples, seed: as in `mean_ci`.
 
     Returns:
@@ -113,7 +130,7 @@ def paired_difference(
     a, b = _finite("a", a), _finite("b", b)
     if len(a) != len(b):
         raise ValueError(f"a and b must hold the same queries; they hold {len(a)} and {len(b)}")
-    return mean_ci(a - b, confidence=confidence, resamples=resamples, seed=seed)
+    return mean_ci(a - b, bounds=bounds, confidence=confidence, resamples=resamples, seed=seed)
 
 
 def share_ci(
@@ -251,6 +268,24 @@ def _finite(name: str, values: np.ndarray) -> np.ndarray:
     if not np.isfinite(values).all():
         raise ValueError(f"{name} must be finite; {int((~np.isfinite(values)).sum())} are not")
     return values
+
+
+def _unanimous(
+    value: float, n: int, bounds: tuple[float, float], confidence: float
+) -> tuple[float, float]:
+    """Interval of a mean where all n observations are equal.
+
+    u = z^2 / (n + z^2)
+    [value - u (value - lowest), value + u (highest - value)]
+
+    u is Wilson's upper bound of the share of observations that are otherwise, having seen none of
+    n; those may lie anywhere within the bounds. At a value of 0 or 1 with bounds (0, 1) this is
+    Wilson's interval itself.
+    """
+    otherwise = scipy.stats.binomtest(0, n).proportion_ci(confidence, "wilson").high
+    lowest, highest = bounds
+    low = value - otherwise * (value - lowest)
+    return float(low), float(value + otherwise * (highest - value))
 
 
 def _percentiles(resampled: np.ndarray, confidence: float) -> tuple[float, float]:

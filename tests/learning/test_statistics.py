@@ -79,6 +79,34 @@ def test_paired_difference_degenerate():
         statistics.paired_difference([1, 2, 3], [1, 2])
 
 
+@pytest.mark.parametrize("n", [1, 2, 7, 400])
+@pytest.mark.parametrize("value", [0.0, 1.0])
+def test_mean_of_all_right_or_all_wrong_is_wilson(n, value):
+    got = statistics.mean_ci([value] * n, bounds=(0, 1), confidence=0.9)
+    wilson = scipy.stats.binomtest(int(value) * n, n).proportion_ci(0.9, "wilson")
+    np.testing.assert_allclose(got, (value, *wilson, n), atol=1e-12)
+    assert got.high - got.low > 0.001
+
+
+def test_mean_of_equal_values_within_bounds():
+    # n = 4: u = z^2 / (4 + z^2) of the queries may be otherwise, and lie at 0 or at 1.
+    u = 1.959963984540054**2 / (4 + 1.959963984540054**2)
+    got = statistics.mean_ci([0.3] * 4, bounds=(0, 1))
+    np.testing.assert_allclose(got, (0.3, 0.3 - 0.3 * u, 0.3 + 0.7 * u, 4))
+    same = statistics.paired_difference([1.0] * 4, [1.0] * 4, bounds=(-1, 1))
+    np.testing.assert_allclose(same, (0.0, -u, u, 4), atol=1e-15)
+    worse = statistics.paired_difference([0.0] * 4, [1.0] * 4, bounds=(-1, 1))
+    np.testing.assert_allclose(worse, (-1.0, -1.0, -1 + 2 * u, 4))
+    assert statistics.mean_ci([], bounds=(0, 1)) == Estimate(None, None, None, 0)
+
+
+def test_bounds_change_nothing_where_values_differ():
+    values = np.random.default_rng().random(40)
+    assert statistics.mean_ci(values, bounds=(0, 1)) == statistics.mean_ci(values)
+    with pytest.raises(ValueError, match="outside the bounds"):
+        statistics.mean_ci([0.5, 1.5], bounds=(0, 1))
+
+
 def test_share_ci_is_wilson():
     # n = 10, k = 3, z = 1.96: (p + z^2/2n -+ z sqrt(p(1-p)/n + z^2/4n^2)) / (1 + z^2/n)
     z, p, n = 1.959963984540054, 0.3, 10

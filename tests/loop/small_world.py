@@ -39,6 +39,6 @@ class World:
         self.service = ScoringService(self.store, self.environment, no_bar)
         examples = Embedded(ids, tuple(f"q{i}" for i in ids), embeddings)
         self.queries = pool_queries(examples, self.bank, PARTS, PoolConfig(size=pool), self.store)
-        init, self.policy = make_selector(SelectorConfig(width=16), PARTS, 14)
-        self.params = init(jax.random.key(0))
+        self.init, self.policy = make_selector(SelectorConfig(width=16), PARTS, 14)
+        self.params = jax.jit(self.init)(jax.random.key(0))  # one compilation, not hundreds
         self.proposer = Proposer(self.policy, self.queries.table, batch=8)

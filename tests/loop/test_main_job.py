@@ -1,5 +1,6 @@
 """The main job as a user runs it, small: trains, resumes, evaluates again, refuses bad input."""
 
+import collections
 import json
 import pathlib
 import subprocess
@@ -53,6 +54,7 @@ def test_everything_is_in_the_workdir(trained):
     assert (result["n"], sorted(result["shots"])) == (30, ["1", "2"])
     methods = {
         "zero_shot", "random", "similarity_image", "similarity_question", "similarity_joint",
+        "similarity_image_reversed", "similarity_question_reversed", "similarity_joint_reversed",
         "mmr", "selector_warmup", "selector_rce", "selector_grpo", "oracle_in_pool",
     }  # fmt: skip
     for rows in result["shots"].values():
@@ -62,6 +64,27 @@ def test_everything_is_in_the_workdir(trained):
             assert row["n"] == 30
     assert "0 scored twice" in printed
     assert {row["phase"] for row in metrics(workdir)} == {"warmup", "rce", "grpo"}
+
+
+def test_picks_add_up_to_the_table(trained):
+    workdir, _, _ = trained
+    table = json.loads((workdir / "eval.json").read_text())["shots"]
+    picks = [json.loads(line) for line in (workdir / "picks.jsonl").read_text().splitlines()]
+    own = collections.defaultdict(list)
+    for pick in picks:
+        own[str(pick["shots"]), pick["method"]].append(pick["accuracy"])
+        assert len(pick["demonstrations"]) == len(pick["pointer_pos"]) == pick["shots"]
+        assert pick["how"] in ("verified", "generated")
+    assert set(own) - {("0", "zero_shot")} == {
+        (shots, method) for shots in table for method in table[shots] if method != "zero_shot"
+    }
+    for (shots, method), accuracies in own.items():
+        row = table["1" if shots == "0" else shots][method]
+        assert sum(accuracies) / len(accuracies) == pytest.approx(row["accuracy"], abs=1e-6)
+        by_type = row["by_answer_type"].values()
+        assert sum(one["n"] for one in by_type) == row["n"]
+        mean = sum(one["n"] * one["accuracy"] for one in by_type) / row["n"]
+        assert mean == pytest.approx(row["accuracy"], abs=1e-6)
 
 
 def test_the_policy_that_sampled_is_the_one_that_is_trained(trained):
@@ -101,6 +124,22 @@ def test_evaluation_in_a_new_process_prints_the_same_numbers(trained, tmp_path):
     rows = json.loads(out.read_text())["shots"]
     assert list(rows) == ["3"]
     assert [name for name in rows["3"] if name.startswith("selector")] == ["selector_rce"]
+    assert json.loads((workdir / "eval.json").read_text()) == before
+    assert (workdir / "picks_rce_shots-3.jsonl").exists()
+
+
+def test_two_runs_are_compared_without_a_vlm(trained, tmp_path):
+    workdir, _, _ = trained
+    flags = (f"--workdir={workdir}", f"--compare={workdir}", "--model=/no/such/folder")
+    out = tmp_path / "comparison.json"
+    done = run("evaluate", *flags, f"--out={out}")
+    assert done.returncode == 0, done.stderr
+    rows = json.loads(out.read_text())["rows"]
+    assert {row["method"] for row in rows} >= {"zero_shot", "selector_grpo", "oracle_in_pool"}
+    assert all((row["diff"], row["n"], row["same_prompt"]) == (0, 30, 1) for row in rows)
+    bad = run("evaluate", *flags[:1], f"--compare={tmp_path}")
+    assert bad.returncode == 2
+    assert "picks.jsonl" in bad.stderr.strip().splitlines()[-1]
 
 
 @pytest.mark.parametrize(
@@ -123,6 +162,8 @@ def test_evaluation_in_a_new_process_prints_the_same_numbers(trained, tmp_path):
         ("train", ["--shots="], ["--shots is empty"]),
         ("train", ["--device=cpu:x"], ["--device=cpu:x"]),
         ("evaluate", [], ["holds no run"]),
+        ("evaluate", ["--out=/no/such/folder/x.json"], ["--out=", "does not exist"]),
+        ("train", ["--decodings=gredy"], ["--decodings", "gredy", "greedy, beam"]),
     ],
 )
 def test_bad_input_is_one_clear_line(tmp_path, entry, flags, words):
