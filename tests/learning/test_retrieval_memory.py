@@ -1,5 +1,6 @@
 """Memory of the search for pools: a bank on disk, larger than the budget, is never held whole."""
 
+import pathlib
 import subprocess
 import sys
 
@@ -7,18 +8,19 @@ import numpy as np
 import pytest
 
 QUERIES, ROWS, PARTS = 1000, 100_000, {"image": (0, 768), "question": (768, 1024)}
-BUDGET_MIB, ALLOWANCE_MIB = 96, 24  # the allowance: results, ids, BLAS's and NumPy's own buffers
+BUDGET_MIB = 96
 
 # In a process of its own, as peak memory is a process's. A tiny search first, so that JAX and BLAS
 # have what they hold whatever the size.
 SEARCH = """
-import resource, sys
+import re, sys
 import numpy as np
 from lever_jax.retrieval import build_pools
 from lever_jax.similarity import column_mean
 
 def peak():
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    # Not ru_maxrss, which begins at what the process that started this one held.
+    return int(re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read())[1]) / 1024
 
 folder, parts = sys.argv[1], {parts}
 bank = np.load(folder + "/bank.npy", mmap_mode="r")
@@ -42,6 +44,9 @@ print(peak() - before, found.excluded.near_duplicate, found.mask.all())
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(
+    not pathlib.Path("/proc/self/status").exists(), reason="peak memory is read from /proc"
+)
 def test_a_bank_on_disk_stays_on_disk(tmp_path):
     rng = np.random.default_rng()
     width = PARTS["question"][1]
@@ -61,7 +66,7 @@ def test_a_bank_on_disk_stays_on_disk(tmp_path):
     )
     assert run.returncode == 0, run.stderr
     grown, near, full = run.stdout.split()
-    assert bank.nbytes / 2**20 > 3 * (BUDGET_MIB + ALLOWANCE_MIB)
-    assert float(grown) < BUDGET_MIB + ALLOWANCE_MIB
+    assert bank.nbytes / 2**20 > 4 * BUDGET_MIB
+    assert float(grown) < BUDGET_MIB
     assert int(near) == QUERIES
     assert full == "True"

@@ -62,6 +62,19 @@ def test_ties_fall_to_the_lower_row_and_stay_bounded(accelerator, distinct):
 
 
 @ways
+@pytest.mark.parametrize("memory", [50_000, 2**29])
+def test_near_ties_that_float32_cannot_tell(accelerator, memory):
+    rng = np.random.default_rng()
+    one = clustered(rng, 1)
+    bank = (one * (1 + 1e-6 * rng.normal(size=(900, 24)))).astype(np.float32)
+    queries = clustered(rng, 4)
+    search = Search(queries, bank, PARTS, WEIGHTS, memory=memory, accelerator=accelerator)
+    expected = brute(queries, bank, None, 5, Pairs.none())
+    for got, wanted in zip(search.top_k(5, Pairs.none()), expected):
+        np.testing.assert_array_equal(got, wanted)
+
+
+@ways
 @pytest.mark.parametrize("rising", [False, True])
 def test_a_sorted_bank(accelerator, rising):
     """Every row beats all before it, or none does."""
