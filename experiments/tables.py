@@ -62,6 +62,10 @@ def print_evaluation(result: dict[str, Any]) -> None:
         name = f"{_labelled(row['a'])} - {_labelled(row['b'])}"
         table.add_row(name, str(row["shots"]), *_difference(row), str(row["n"]))
     CONSOLE.print(table)
+    for count in shots:
+        if seeds := result["shots"][count]["random"].get("seeds"):
+            low, high, sd = (number(seeds[name]) for name in ("min", "max", "sd"))
+            note(f"random, {count} shots: {seeds['count']} seeds from {low} to {high}, sd {sd}")
     if any(map(is_oracle, result["shots"][shots[-1]])):
         note(f"{_MARK.strip()} reads the ground truth: an oracle, which nobody can deploy")
 

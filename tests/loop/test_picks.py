@@ -236,6 +236,7 @@ def test_tables_stay_within_100_columns():
     row["by_answer_type"] = dict.fromkeys(("yes/no", "number", "other", "rare"), row)
     names = ("zero_shot", "similarity_image", "similarity_question_reversed", long, "selector_grpo")
     table = dict.fromkeys((*names, "oracle_in_pool"), row)
+    table["random"] = {**row, "seeds": {"count": 3, "min": 0.123, "max": 0.456, "sd": None}}
     paired = [("selector_warmup_shuffled", "similarity_question_reversed"), (long, "selector_grpo")]
     result = {
         "n": 4000,
@@ -259,5 +260,6 @@ def test_tables_stay_within_100_columns():
     assert f"{long} *" in text
     assert "oracle_in_pool *" in text
     assert "* reads the ground truth" in text
+    assert "random, 2 shots: 3 seeds from 0.123 to 0.456, sd -" in text
     assert "selector_grpo *" not in text
     assert all(f"{shots} shot" in text for shots in range(1, 9))
