@@ -75,6 +75,8 @@ def warm_up(session: Session, start: Trained, log: MetricsLog) -> Trained:
         shots=_shots(),
         beam=settings.WARMUP_BEAM.value,
         label="warm-up search",
+        score=settings.SEARCH_SCORE.value,
+        construction=settings.SEARCH_CONSTRUCTION.value,
     )
     groups = _targets(rows, found, settings.WARMUP_TARGETS.value, _shots())
     note(f"{len(groups.query_rows)} of {len(rows)} queries have a pointer worth imitating")
@@ -333,8 +335,12 @@ def _fit(
 
 
 def _targets(rows, found, count: int, shots: int) -> GroupBatch:
-    """The best pointers of each searched query, weighted by their gt_prob."""
-    members = [(row, p[:count], v[:count]) for row, (p, v) in zip(rows, found) if len(p)]
+    """The best pointers of each searched query, weighted by their worth; none of worth <= 0."""
+    members = []
+    for row, (pointers, values) in zip(rows, found):
+        best = np.flatnonzero(values > 0)[:count]
+        if len(best):
+            members.append((row, pointers[best], values[best]))
     shape = (len(members), count)
     batch = GroupBatch(
         query_rows=np.array([row for row, _, _ in members], np.int32),

@@ -16,6 +16,7 @@ from lever_jax.evaluation import METRICS, EvaluationConfig
 from lever_jax.mining import VERIFY, MiningConfig, RewardConfig
 from lever_jax.pooled import PoolConfig
 from lever_jax.rewards import REWARD_MODES
+from lever_jax.search import CONSTRUCTIONS, SCORES
 from lever_jax.selector import SelectorConfig
 from lever_jax.training import LossConfig
 from qwen_bridge.vqa.official import DEFAULT_IMAGE_PATTERN
@@ -131,6 +132,19 @@ WARMUP_BEAM = flags.DEFINE_integer(
 )
 WARMUP_TARGETS = flags.DEFINE_integer(
     "warmup_targets", 4, "Best pointers a query to imitate.", lower_bound=1
+)
+SEARCH_SCORE = flags.DEFINE_enum(
+    "search_score",
+    "gt_prob",
+    SCORES,
+    "Weight of a pointer found for the warm-up: its gt_prob, or gain, what it adds to the gt_prob "
+    "of the prompt without demonstrations; pointers that add nothing are not imitated.",
+)
+SEARCH_CONSTRUCTION = flags.DEFINE_enum(
+    "search_construction",
+    "both",
+    CONSTRUCTIONS,
+    "Where the warm-up's search puts a further demonstration: first (left), last (right), or both.",
 )
 WARMUP_EPOCHS = flags.DEFINE_integer(
     "warmup_epochs", 15, "Passes over the searched queries.", lower_bound=0
