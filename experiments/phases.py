@@ -14,7 +14,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from experiments import settings
+from experiments import imported, settings
 from experiments.metrics import MetricsLog
 from experiments.progress import bar, note
 from experiments.session import Session
@@ -27,6 +27,7 @@ from lever_jax.proposing import Proposer, phase_key
 from lever_jax.search import search_pools
 from lever_jax.training import (
     GroupBatch,
+    PoolTable,
     TrainState,
     batches,
     init_state,
@@ -66,7 +67,12 @@ def fresh(session: Session) -> Trained:
 
 
 def warm_up(session: Session, start: Trained, log: MetricsLog) -> Trained:
-    """Supervised training on the best pointers that a VLM-guided search of some pools finds."""
+    """Supervised training on the best pointers that a search of some pools, or a file, gives."""
+    training = {"epochs": settings.WARMUP_EPOCHS.value, "rate": settings.WARMUP_RATE.value}
+    if settings.WARMUP.value == "import":
+        data = imported.warmup_targets(session, _shots())
+        training |= {"table": data.table, "origin": data.origin}
+        return _fit(session, "warmup", "supervised", start, data.groups, log, **training)
     rows = np.arange(min(settings.WARMUP_QUERIES.value, len(session.train)))
     found = search_pools(
         session.train,
@@ -80,8 +86,7 @@ def warm_up(session: Session, start: Trained, log: MetricsLog) -> Trained:
     )
     groups = _targets(rows, found, settings.WARMUP_TARGETS.value, _shots())
     note(f"{len(groups.query_rows)} of {len(rows)} queries have a pointer worth imitating")
-    epochs, rate = settings.WARMUP_EPOCHS.value, settings.WARMUP_RATE.value
-    return _fit(session, "warmup", "supervised", start, groups, log, epochs=epochs, rate=rate)
+    return _fit(session, "warmup", "supervised", start, groups, log, **training)
 
 
 def mine_data(session: Session, selector: Trained) -> None:
@@ -134,10 +139,15 @@ def training_picks(session: Session, selector: Trained, name: str) -> np.ndarray
 
 
 def train_rce(session: Session, start: Trained, log: MetricsLog) -> Trained:
-    """Reward-weighted cross-entropy on the mined groups."""
-    groups = mined_groups(_mining_stage(), session.train, session.store, settings.reward_config())
-    epochs, rate = settings.RCE_EPOCHS.value, settings.RCE_RATE.value
-    return _fit(session, "rce", "rce", start, groups, log, epochs=epochs, rate=rate)
+    """Reward-weighted cross-entropy on the mined groups, on imported ones, or on both."""
+    training = {"epochs": settings.RCE_EPOCHS.value, "rate": settings.RCE_RATE.value}
+    source, reward, groups = settings.RCE_DATA.value, settings.reward_config(), None
+    if source != "import":
+        groups = mined_groups(_mining_stage(), session.train, session.store, reward)
+    if source != "mined":
+        data = imported.rce_groups(session, _shots(), beside=groups)
+        groups, training = data.groups, training | {"table": data.table, "origin": data.origin}
+    return _fit(session, "rce", "rce", start, groups, log, **training)
 
 
 def train_grpo(session: Session, start: Trained, log: MetricsLog) -> Trained:
@@ -296,8 +306,13 @@ def _fit(
     *,
     epochs: int,
     rate: float,
+    table: PoolTable | None = None,
+    origin: dict[str, str] | None = None,
 ) -> Trained:
-    """A phase of training over fixed groups, or its checkpoint if the recipe is the same."""
+    """A phase of training over fixed groups, or its checkpoint if the recipe is the same.
+
+    Groups with imported ones among them come with a table of their own and with their origin.
+    """
     if not len(groups.query_rows):
         raise InputError(
             f"{name}: no query has a pointer to learn from; look at eval_failed in health.json, "
@@ -311,6 +326,7 @@ def _fit(
             "groups": _digest(groups),
             "loss": dataclasses.asdict(settings.loss_config()),
             "training": [epochs, rate, size],
+            **({} if origin is None else {"imported": origin}),
         }
     )
     restored = _restored(session, name, recipe)
@@ -320,11 +336,12 @@ def _fit(
     optimizer = make_optimizer(rate, steps=steps)
     step = make_step(kind, session.policy, optimizer, settings.loss_config())
     state: TrainState = init_state(start.params, optimizer)
+    table = session.train.table if table is None else table
     with bar(f"{name}: optimiser steps", steps) as advance:
         for epoch in range(epochs):
             totals = []
             for batch in batches(groups, size, (settings.SEED.value, epoch)):
-                state, metrics = step(state, start.params, session.train.table, batch)
+                state, metrics = step(state, start.params, table, batch)
                 totals.append(metrics)
                 advance(1)
             means = {n: np.mean([float(t[n]) for t in totals]) for n in totals[0]}

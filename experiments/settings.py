@@ -122,7 +122,11 @@ HEADS = flags.DEFINE_integer("heads", 4, "Attention heads of the selector.")
 
 # --- warm-up and mining -----------------------------------------------------------------------
 WARMUP = flags.DEFINE_enum(
-    "warmup", "search", ("search", "none"), "Warm-up data, or a random start."
+    "warmup",
+    "search",
+    ("search", "import", "none"),
+    "Warm-up on pointers that a search finds or that experiments.import_rl read; none: a random "
+    "start.",
 )
 WARMUP_QUERIES = flags.DEFINE_integer(
     "warmup_queries", 150, "Training queries that are searched.", lower_bound=1
@@ -165,6 +169,19 @@ TOP_P = flags.DEFINE_float(
 )
 VERIFY_BEST = flags.DEFINE_integer("verify_best", 12, "Best proposals answered in stage B.")
 VERIFY_LOW = flags.DEFINE_integer("verify_low", 8, "Lowest proposals answered for contrast.")
+
+RCE_DATA = flags.DEFINE_enum(
+    "rce_data",
+    "mined",
+    ("mined", "import", "both"),
+    "What RCE learns from: this run's mined data, data that experiments.import_rl read (then "
+    "nothing is mined), or both.",
+)
+IMPORT_PARTIAL = flags.DEFINE_bool(
+    "import_partial",
+    False,
+    "Leave out, and count, what of imported data does not fit this run, instead of refusing it.",
+)
 
 # --- reward -----------------------------------------------------------------------------------
 REWARD_MODE = flags.DEFINE_enum(
