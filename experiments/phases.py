@@ -24,7 +24,7 @@ from lever_jax.errors import InputError
 from lever_jax.evaluation import answer_picks, evaluate
 from lever_jax.mining import mine, mined_candidates, mined_groups, on_policy_round
 from lever_jax.proposing import Proposer, phase_key
-from lever_jax.search import search_pools
+from lever_jax.search import search_pools, search_targets
 from lever_jax.training import (
     GroupBatch,
     PoolTable,
@@ -84,7 +84,7 @@ def warm_up(session: Session, start: Trained, log: MetricsLog) -> Trained:
         score=settings.SEARCH_SCORE.value,
         construction=settings.SEARCH_CONSTRUCTION.value,
     )
-    groups = _targets(rows, found, settings.WARMUP_TARGETS.value, _shots())
+    groups = search_targets(rows, found, settings.WARMUP_TARGETS.value, shots=_shots())
     note(f"{len(groups.query_rows)} of {len(rows)} queries have a pointer worth imitating")
     return _fit(session, "warmup", "supervised", start, groups, log, **training)
 
@@ -349,28 +349,6 @@ def _fit(
     if epochs:
         note(f"{name}: loss {means['loss']:.3f} nats, entropy {means['entropy']:.2f} nats")
     return _save(session, name, Trained(state.params, recipe))
-
-
-def _targets(rows, found, count: int, shots: int) -> GroupBatch:
-    """The best pointers of each searched query, weighted by their worth; none of worth <= 0."""
-    members = []
-    for row, (pointers, values) in zip(rows, found):
-        best = np.flatnonzero(values > 0)[:count]
-        if len(best):
-            members.append((row, pointers[best], values[best]))
-    shape = (len(members), count)
-    batch = GroupBatch(
-        query_rows=np.array([row for row, _, _ in members], np.int32),
-        pointers=np.zeros((*shape, shots), np.int32),
-        rewards=np.zeros(shape, np.float32),
-        behaviour_log_probs=np.zeros(shape, np.float32),
-        mask=np.zeros(shape, bool),
-    )
-    for i, (_, pointers, values) in enumerate(members):
-        batch.pointers[i, : len(pointers)] = pointers
-        batch.rewards[i, : len(values)] = values
-        batch.mask[i, : len(pointers)] = True
-    return batch
 
 
 def _shots() -> int:

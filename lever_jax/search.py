@@ -11,6 +11,7 @@ import numpy as np
 from lever_jax.errors import InputError
 from lever_jax.pooled import PooledQueries
 from lever_jax.scoring import ScoringService, columns
+from lever_jax.training import GroupBatch
 
 SCORES = ("gt_prob", "gain")
 CONSTRUCTIONS = ("both", "left", "right")
@@ -40,8 +41,8 @@ def search_pools(
       gain:     v(q, p) = g(q, p) - g(q, ())
 
     Both rank the pointers of a query alike, at every level; but a gain is at most 0 where the
-    demonstrations do not help, and weighs queries by what demonstrations add to them rather than
-    by how easy they are.
+    demonstrations do not help, and as a weight it tells two good pointers apart where the prompt
+    without demonstrations is nearly as good.
 
     Queries are searched in chunks, so that memory does not grow with their number. Every batch of
     scores is in the store as it lands: a search that was stopped asks only for the rest.
@@ -154,6 +155,41 @@ def extend(pointers: np.ndarray, additions: np.ndarray, construction: str) -> np
         if construction != "right":
             grown[(action, *pointer)] = None
     return np.array(list(grown), np.int32).reshape(-1, pointers.shape[1] + 1)
+
+
+def search_targets(
+    rows: np.ndarray, found: list[tuple[np.ndarray, np.ndarray]], count: int, *, shots: int
+) -> GroupBatch:
+    """What a search found as groups for the supervised step.
+
+    Args:
+      rows: int [n] the queries that were searched.
+      found: for each, its pointers and their worth, best first, as `search_pools` returns them.
+      count: most targets a query.
+      shots: S.
+
+    Returns:
+      One group a query that has anything to imitate: its best pointers, weighted by their worth.
+      A pointer of worth <= 0 is not imitated: it does not help (gain), or is never right.
+    """
+    members = []
+    for row, (pointers, values) in zip(rows, found, strict=True):
+        best = np.flatnonzero(values > 0)[:count]
+        if len(best):
+            members.append((row, pointers[best], values[best]))
+    shape = (len(members), count)
+    batch = GroupBatch(
+        query_rows=np.array([row for row, _, _ in members], np.int32),
+        pointers=np.zeros((*shape, shots), np.int32),
+        rewards=np.zeros(shape, np.float32),
+        behaviour_log_probs=np.zeros(shape, np.float32),
+        mask=np.zeros(shape, bool),
+    )
+    for i, (_, pointers, values) in enumerate(members):
+        batch.pointers[i, : len(pointers)] = pointers
+        batch.rewards[i, : len(values)] = values
+        batch.mask[i, : len(pointers)] = True
+    return batch
 
 
 def _planned(sizes, shots, beam, score, construction) -> np.ndarray:

@@ -234,12 +234,12 @@ def test_bad_input_is_refused_and_leaves_nothing(tmp_path, dataset):
 
 
 @pytest.mark.slow
-def test_a_run_trains_on_imported_data_and_resumes(tmp_path, dataset):
+def test_a_run_trains_on_imported_data_beside_its_own(tmp_path, dataset):
     source = write(tmp_path / "theirs.json", theirs(dataset))
     workdir = tmp_path / "run"
     small = (
-        *WORLD, f"--workdir={workdir}", "--pool_size=12", "--proposals=8", "--quotas=beam:4",
-        "--verify_best=3", "--verify_low=1", "--warmup_epochs=2", "--rce_epochs=2",
+        *WORLD, "--shots=2", f"--workdir={workdir}", "--pool_size=12", "--proposals=8",
+        "--quotas=beam:4", "--verify_best=3", "--verify_low=1", "--warmup_epochs=2", "--rce_epochs=2",
         "--oracle_beam=0", "--random_seeds=1", "--grpo_epochs=0", "--reward_mode=hard_plus_soft",
     )  # fmt: skip
 
@@ -260,10 +260,10 @@ def test_a_run_trains_on_imported_data_and_resumes(tmp_path, dataset):
     assert "nothing is mined and no health is checked: --rce_data=import" in first.stdout
     with Store.open(workdir / "store.sqlite", read_only=True) as store:
         assert store.proposal_stages() == []  # Nothing of theirs is in the store.
-    again = run("train", *theirs_only)
-    assert "warmup was finished earlier" in again.stdout
-    assert "rce was finished earlier" in again.stdout
     both = run("train", "--warmup=import", "--rce_data=both")
     assert both.returncode == 0, both.stderr
     assert "warmup was finished earlier" in both.stdout
     assert "rce was trained with other settings or data" in both.stdout
+    with Store.open(workdir / "store.sqlite", read_only=True) as store:
+        assert store.proposal_stages() == ["mine_2_shots"]
+        assert len(store.proposed_queries("mine_2_shots")) == 30

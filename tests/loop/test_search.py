@@ -8,7 +8,7 @@ import pytest
 from fake import FakeEnvironment, worth
 
 from lever_jax.errors import InputError
-from lever_jax.search import CONSTRUCTIONS, SCORES, extend, search_pools
+from lever_jax.search import CONSTRUCTIONS, SCORES, extend, search_pools, search_targets
 
 
 def test_a_wide_search_finds_the_best_pointer(make_world):
@@ -95,6 +95,21 @@ def test_a_gain_is_what_the_demonstrations_add(make_world):
         np.testing.assert_allclose(gain, values - 0.05, atol=1e-6)  # worth(query, ()) is 0.05.
     assert min(gain.min() for _, gain in gains) < 0  # Two demonstrations worth 0.
     assert world.service.counts.scored == len(set(world.environment.scored))
+
+
+def test_only_pointers_that_help_are_imitated():
+    def some(*values):
+        pointers = np.array([[i, i + 1] for i in range(len(values))], np.int32).reshape(-1, 2)
+        return pointers, np.array(values, np.float32)
+
+    found = [some(0.5, 0.25, 0.1), some(0.2, 0.0, -0.3), some(-0.1, -0.2), some()]
+    groups = search_targets(np.array([4, 7, 8, 9]), found, 2, shots=2)
+    assert groups.query_rows.tolist() == [4, 7]
+    assert groups.mask.tolist() == [[True, True], [True, False]]
+    assert groups.pointers.tolist() == [[[0, 1], [1, 2]], [[0, 1], [0, 0]]]
+    assert groups.rewards.tolist() == [[0.5, 0.25], [np.float32(0.2), 0.0]]
+    nothing = search_targets(np.array([8]), found[2:3], 2, shots=3)
+    assert (nothing.query_rows.shape, nothing.pointers.shape) == ((0,), (0, 2, 3))
 
 
 def test_unknown_choices_are_refused(make_world):
