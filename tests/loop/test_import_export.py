@@ -239,8 +239,9 @@ def test_a_run_trains_on_imported_data_beside_its_own(tmp_path, dataset):
     workdir = tmp_path / "run"
     small = (
         *WORLD, "--shots=2", f"--workdir={workdir}", "--pool_size=12", "--proposals=8",
-        "--quotas=beam:4", "--verify_best=3", "--verify_low=1", "--warmup_epochs=2", "--rce_epochs=2",
-        "--oracle_beam=0", "--random_seeds=1", "--grpo_epochs=0", "--reward_mode=hard_plus_soft",
+        "--quotas=beam:4", "--verify_best=3", "--verify_low=1", "--warmup_epochs=2",
+        "--rce_epochs=2", "--oracle_beam=0", "--random_seeds=1", "--grpo_epochs=0",
+        "--reward_mode=hard_plus_soft",
     )  # fmt: skip
 
     def run(entry, *flags):

@@ -2,6 +2,7 @@
 
 import json
 import math
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -119,6 +120,39 @@ def test_the_file_has_the_published_fields(store, tmp_path):
     assert data["3"]["pointer_candidates"][0]["vqa_correct"] == 0
     assert data["5"]["pointer_candidates"] == []
     assert sorted(p.name for p in tmp_path.glob("*.json*")) == ["rl.json"]
+
+
+def test_the_memory_of_export_and_import_does_not_grow_with_the_file(tmp_path, monkeypatch):
+    monkeypatch.setattr(rl_json_stream, "CHUNK", 1 << 14)
+    peaks = []
+    for count in (96, 384):
+        with Store.open(tmp_path / f"{count}.sqlite", FINGERPRINT) as store:
+            ids = np.arange(count)
+            pools = np.tile(np.arange(8), (count, 1))
+            store.put_pools(ids, pools, np.zeros((count, 8)))
+            pointers = np.array([[i, j] for i in range(4) for j in range(4) if i != j])
+            store.put_scores(
+                ScoreRecord(int(i), tuple(p), gt_prob=0.5, prediction="x" * 50, accuracy=0.3)
+                for i in ids
+                for p in pointers.tolist()
+            )
+            every = np.tile(pointers, (count, 1))
+            names, log_probs = ["beam"] * len(every), np.zeros(len(every))
+            store.put_proposals("rce", np.repeat(ids, 12), every, names, log_probs)
+            path = tmp_path / f"{count}.json"
+            tracemalloc.start()
+            export_rl_json(store, path, stage="rce", describe=lambda i: {"question": str(i)})
+            sizes = [tracemalloc.get_traced_memory()[1]]
+            tracemalloc.reset_peak()
+            copied = write_rl_json(tmp_path / "copy.json", {}, read_rl_json(path)[1])
+            sizes.append(tracemalloc.get_traced_memory()[1])
+            tracemalloc.stop()
+        assert copied == count
+        peaks.append(sizes)
+    assert path.stat().st_size > 1.5e6
+    # A query's id stays; its records would be some 10,000 bytes.
+    for small, large in zip(*peaks, strict=True):
+        assert (large - small) / (384 - 96) < 1500, peaks
 
 
 def test_a_failed_export_leaves_the_old_file(store, tmp_path):
