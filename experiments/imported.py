@@ -90,10 +90,10 @@ def write_imported(workdir: pathlib.Path, source: str, *, pointers: str, beams: 
                 "meta": meta,
             },
         }
-    elif meta["unlabelled"] and not beams:
+    elif meta.get("unlabelled") and not beams:
         raise InputError(f"{source} may hold pointers without labels; say --import_kind=beams")
     if path.exists():
-        known = read_rl_json(path, unlabelled=True)[0]
+        known = read_imported(workdir)[0]
         if known != meta:
             raise InputError(
                 f"{workdir} has imported {known['source']['file']} already, with other content or "
@@ -104,8 +104,19 @@ def write_imported(workdir: pathlib.Path, source: str, *, pointers: str, beams: 
 
 
 def read_imported(workdir: pathlib.Path) -> tuple[dict, Iterator[QueryEntry]]:
-    """The imported data of a run, as `read_rl_json` gives them."""
-    return read_rl_json(workdir / NAME, unlabelled=True)
+    """The imported data of a run, as `read_rl_json` gives them.
+
+    Raises:
+      InputError: the file is not one that `write_imported` wrote.
+    """
+    path = workdir / NAME
+    meta, entries = read_rl_json(path, unlabelled=True)
+    if not _is_canonical(meta):
+        raise InputError(
+            f"{path} was not written by experiments.import_rl; move it elsewhere and import it "
+            f"from there: python -m experiments.import_rl --workdir={workdir} --rl_json=FILE"
+        )
+    return meta, entries
 
 
 def examples(dataset: Dataset, train: PooledQueries | None = None) -> RunExamples:
@@ -184,7 +195,8 @@ def _with_origin(session: Session, queries: PooledQueries, groups: GroupBatch) -
 
 def _is_canonical(meta: dict) -> bool:
     source = meta.get("source")
-    return meta.get("format") == FORMAT and isinstance(source, dict) and "sha256" in source
+    ours = isinstance(source, dict) and {"file", "sha256"} <= source.keys()
+    return ours and meta.get("format") == FORMAT
 
 
 def _counted(entries: Iterator[QueryEntry], advance) -> Iterator[QueryEntry]:

@@ -201,6 +201,8 @@ def test_bad_input_is_refused_and_leaves_nothing(tmp_path, dataset):
 
     asked = changed("asked", ask_another_question)
     run = empty_run(tmp_path / "run", dataset)
+    (tmp_path / "y").mkdir()
+    write(tmp_path / "y" / "imported.json", good)
     theirs_path = write(tmp_path / "good.json", good)
     cases = [
         (import_("x", tmp_path / "none.json"), ["cannot read", "none.json"]),
@@ -213,6 +215,7 @@ def test_bad_input_is_refused_and_leaves_nothing(tmp_path, dataset):
         (("import_rl", f"--workdir={tmp_path / 'x'}"), ["--rl_json is missing"]),
         (import_("x", theirs_path, "--import_as=mined"), ["has no store yet"]),
         (import_("run", theirs_path, "--import_as=mined"), ["does not say which model"]),
+        (import_("y", theirs_path), ["was not written by experiments.import_rl"]),
         (("export", f"--workdir={run}"), ["--out is missing"]),
         (("export", f"--workdir={run}", f"--out={tmp_path / 'o'}"), ["has mined nothing"]),
         (("export", f"--workdir={run}", f"--out={tmp_path}"), ["is not the name of a file"]),
