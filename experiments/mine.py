@@ -7,7 +7,7 @@ Does phases 1 to 4 of `experiments.train`; a later `train` in the same workdir g
 
 import time
 
-from experiments import cli, settings
+from experiments import cli, imported, settings
 from experiments.metrics import MetricsLog
 from experiments.progress import stage
 from experiments.session import open_session
@@ -18,6 +18,7 @@ def main():
     started = time.monotonic()
     settings.check()
     workdir = settings.make_workdir()
+    imported.check_flags(workdir)
     stage(f"open: {workdir}")
     with open_session(workdir) as session:
         settings.save_flags(workdir)

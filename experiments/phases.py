@@ -15,7 +15,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from experiments import settings
+from experiments import imported, settings
 from experiments.metrics import MetricsLog
 from experiments.output import whole_file
 from experiments.picks import PickLines
@@ -27,10 +27,11 @@ from lever_jax.errors import InputError
 from lever_jax.evaluation import answer_picks, evaluate
 from lever_jax.mining import mine, mined_candidates, mined_groups, on_policy_round
 from lever_jax.proposing import Proposer, phase_key
-from lever_jax.search import search_pools
+from lever_jax.search import search_pools, search_targets
 from lever_jax.training import (
     LOSS_FIELDS,
     GroupBatch,
+    PoolTable,
     TrainState,
     batches,
     init_state,
@@ -73,7 +74,12 @@ def fresh(session: Session) -> Trained:
 
 
 def warm_up(session: Session, start: Trained, log: MetricsLog) -> Trained:
-    """Supervised training on the best pointers that a VLM-guided search of some pools finds."""
+    """Supervised training on the best pointers that a search of some pools, or a file, gives."""
+    training = {"epochs": settings.WARMUP_EPOCHS.value, "rate": settings.WARMUP_RATE.value}
+    if settings.WARMUP.value == "import":
+        data = imported.warmup_targets(session, _shots())
+        training |= {"table": data.table, "origin": data.origin}
+        return _fit(session, "warmup", "supervised", start, data.groups, log, **training)
     rows = np.arange(min(settings.WARMUP_QUERIES.value, len(session.train)))
     found = search_pools(
         session.train,
@@ -82,11 +88,12 @@ def warm_up(session: Session, start: Trained, log: MetricsLog) -> Trained:
         shots=_shots(),
         beam=settings.WARMUP_BEAM.value,
         label="warm-up search",
+        score=settings.SEARCH_SCORE.value,
+        construction=settings.SEARCH_CONSTRUCTION.value,
     )
-    groups = _targets(rows, found, settings.WARMUP_TARGETS.value, _shots())
+    groups = search_targets(rows, found, settings.WARMUP_TARGETS.value, shots=_shots())
     note(f"{len(groups.query_rows)} of {len(rows)} queries have a pointer worth imitating")
-    epochs, rate = settings.WARMUP_EPOCHS.value, settings.WARMUP_RATE.value
-    return _fit(session, "warmup", "supervised", start, groups, log, epochs=epochs, rate=rate)
+    return _fit(session, "warmup", "supervised", start, groups, log, **training)
 
 
 def mine_data(session: Session, selector: Trained) -> None:
@@ -125,6 +132,7 @@ def check_health(session: Session, selector: Trained, name: str) -> dict[str, An
         thresholds=settings.thresholds(),
         min_range=settings.MIN_RANGE.value,
     )
+    health["stage"] = mining_stage(selector)
     write_json(session.workdir / "health.json", health)
     with (session.workdir / "health.csv").open("w", newline="") as stream:
         csv.writer(stream).writerows(health_csv(health))
@@ -140,12 +148,15 @@ def training_picks(session: Session, selector: Trained, name: str) -> np.ndarray
 
 
 def train_rce(session: Session, start: Trained, log: MetricsLog) -> Trained:
-    """Reward-weighted cross-entropy on the groups that `start` mined."""
-    groups = mined_groups(
-        mining_stage(start), session.train, session.store, settings.reward_config()
-    )
-    epochs, rate = settings.RCE_EPOCHS.value, settings.RCE_RATE.value
-    return _fit(session, "rce", "rce", start, groups, log, epochs=epochs, rate=rate)
+    """Reward-weighted cross-entropy on what `start` mined, on imported groups, or on both."""
+    training = {"epochs": settings.RCE_EPOCHS.value, "rate": settings.RCE_RATE.value}
+    source, reward, groups = settings.RCE_DATA.value, settings.reward_config(), None
+    if source != "import":
+        groups = mined_groups(mining_stage(start), session.train, session.store, reward)
+    if source != "mined":
+        data = imported.rce_groups(session, _shots(), beside=groups)
+        groups, training = data.groups, training | {"table": data.table, "origin": data.origin}
+    return _fit(session, "rce", "rce", start, groups, log, **training)
 
 
 def train_grpo(session: Session, start: Trained, log: MetricsLog) -> Trained | None:
@@ -342,8 +353,13 @@ def _fit(
     *,
     epochs: int,
     rate: float,
+    table: PoolTable | None = None,
+    origin: dict[str, str] | None = None,
 ) -> Trained:
-    """A phase of training over fixed groups, or its checkpoint if the recipe is the same."""
+    """A phase of training over fixed groups, or its checkpoint if the recipe is the same.
+
+    Groups with imported ones among them come with a table of their own and with their origin.
+    """
     if not len(groups.query_rows):
         raise InputError(
             f"{name}: no query has a pointer to learn from; look at eval_failed in health.json, "
@@ -357,6 +373,7 @@ def _fit(
             "groups": _digest(groups),
             "loss": _read_by(kind),
             "training": [epochs, rate, size],
+            **({} if origin is None else {"imported": origin}),
         }
     )
     restored = _restored(session, name, recipe)
@@ -366,11 +383,12 @@ def _fit(
     optimizer = make_optimizer(rate, steps=steps)
     step = make_step(kind, session.policy, optimizer, settings.loss_config())
     state: TrainState = init_state(start.params, optimizer)
+    table = session.train.table if table is None else table
     with bar(f"{name}: optimiser steps", steps) as advance:
         for epoch in range(epochs):
             totals = []
             for batch in batches(groups, size, (settings.SEED.value, epoch)):
-                state, metrics = step(state, start.params, session.train.table, batch)
+                state, metrics = step(state, start.params, table, batch)
                 totals.append(metrics)
                 advance(1)
             means = {n: np.mean([float(t[n]) for t in totals]) for n in totals[0]}
@@ -378,24 +396,6 @@ def _fit(
     if epochs:
         note(f"{name}: loss {means['loss']:.3f} nats, entropy {means['entropy']:.2f} nats")
     return _save(session, name, Trained(state.params, recipe, start.recipe))
-
-
-def _targets(rows, found, count: int, shots: int) -> GroupBatch:
-    """The best pointers of each searched query, weighted by their gt_prob."""
-    members = [(row, p[:count], v[:count]) for row, (p, v) in zip(rows, found) if len(p)]
-    shape = (len(members), count)
-    batch = GroupBatch(
-        query_rows=np.array([row for row, _, _ in members], np.int32),
-        pointers=np.zeros((*shape, shots), np.int32),
-        rewards=np.zeros(shape, np.float32),
-        behaviour_log_probs=np.zeros(shape, np.float32),
-        mask=np.zeros(shape, bool),
-    )
-    for i, (_, pointers, values) in enumerate(members):
-        batch.pointers[i, : len(pointers)] = pointers
-        batch.rewards[i, : len(values)] = values
-        batch.mask[i, : len(pointers)] = True
-    return batch
 
 
 def _shots() -> int:

@@ -29,12 +29,18 @@ class _Rate(ProgressColumn):
 
 
 @contextlib.contextmanager
-def bar(label: str, total: int):
-    """Shows a bar over `total` items; yields `advance(count)`.
+def bar(label: str, total: int | None):
+    """Shows a bar over `total` items, None where nobody knows; yields `advance(count)`.
 
     On a terminal the bar is live and vanishes when done; in a log it leaves one line.
     """
-    start = time.monotonic()
+    start, done = time.monotonic(), 0
+
+    def advance(count: int) -> None:
+        nonlocal done
+        done += count
+        progress.advance(task, count)
+
     columns = (
         TextColumn("  {task.description}"),
         BarColumn(bar_width=28),
@@ -46,8 +52,9 @@ def bar(label: str, total: int):
     live = CONSOLE.is_terminal
     with Progress(*columns, console=CONSOLE, transient=True, disable=not live) as progress:
         task = progress.add_task(label, total=total)
-        yield lambda count: progress.advance(task, count)
+        yield advance
     if not live:
+        total = done if total is None else total
         seconds = time.monotonic() - start
         rate = total / max(seconds, 1e-9)
         note(f"{label}: {total:,} in {seconds:.1f} s ({rate:,.0f}/s)")

@@ -22,6 +22,7 @@ from lever_jax.evaluation import METRICS, EvaluationConfig
 from lever_jax.mining import VERIFY, MiningConfig, RewardConfig
 from lever_jax.pooled import PoolConfig
 from lever_jax.rewards import REWARD_MODES
+from lever_jax.search import CONSTRUCTIONS, SCORES
 from lever_jax.selector import SelectorConfig
 from lever_jax.training import LossConfig
 from qwen_bridge.vqa.official import DEFAULT_IMAGE_PATTERN
@@ -155,7 +156,11 @@ HEADS = flags.DEFINE_integer("heads", 4, "Attention heads of the selector.")
 
 # --- warm-up and mining -----------------------------------------------------------------------
 WARMUP = flags.DEFINE_enum(
-    "warmup", "search", ("search", "none"), "Warm-up data, or a random start."
+    "warmup",
+    "search",
+    ("search", "import", "none"),
+    "Warm-up on pointers that a search finds or that experiments.import_rl read; none: a random "
+    "start.",
 )
 WARMUP_QUERIES = flags.DEFINE_integer(
     "warmup_queries", 150, "Training queries that are searched.", lower_bound=1
@@ -165,6 +170,19 @@ WARMUP_BEAM = flags.DEFINE_integer(
 )
 WARMUP_TARGETS = flags.DEFINE_integer(
     "warmup_targets", 4, "Best pointers a query to imitate.", lower_bound=1
+)
+SEARCH_SCORE = flags.DEFINE_enum(
+    "search_score",
+    "gt_prob",
+    SCORES,
+    "Weight of a pointer found for the warm-up: its gt_prob, or gain, what it adds to the gt_prob "
+    "of the prompt without demonstrations; pointers that add nothing are not imitated.",
+)
+SEARCH_CONSTRUCTION = flags.DEFINE_enum(
+    "search_construction",
+    "both",
+    CONSTRUCTIONS,
+    "Where the warm-up's search puts a further demonstration: first (left), last (right), or both.",
 )
 WARMUP_EPOCHS = flags.DEFINE_integer(
     "warmup_epochs", 15, "Passes over the searched queries.", lower_bound=0
@@ -187,6 +205,19 @@ VERIFY_BEST = flags.DEFINE_integer("verify_best", 12, "Best proposals answered i
 VERIFY_LOW = flags.DEFINE_integer("verify_low", 8, "Lowest proposals answered for contrast.")
 VERIFY_UNIFORM = flags.DEFINE_integer(
     "verify_uniform", 4, "Proposals answered a query, drawn uniformly, for the health figures."
+)
+
+RCE_DATA = flags.DEFINE_enum(
+    "rce_data",
+    "mined",
+    ("mined", "import", "both"),
+    "What RCE learns from: this run's mined data, data that experiments.import_rl read (then "
+    "nothing is mined), or both.",
+)
+IMPORT_PARTIAL = flags.DEFINE_bool(
+    "import_partial",
+    False,
+    "Leave out, and count, what of imported data does not fit this run, instead of refusing it.",
 )
 
 # --- reward -----------------------------------------------------------------------------------

@@ -16,7 +16,7 @@ import time
 
 import numpy as np
 
-from experiments import cli, phases, settings
+from experiments import cli, imported, phases, settings
 from experiments.metrics import MetricsLog
 from experiments.progress import note, stage
 from experiments.session import open_session
@@ -27,27 +27,29 @@ def main():
     started = time.monotonic()
     settings.check()
     workdir = settings.make_workdir()
+    imported.check_flags(workdir)
     stage(f"open: {workdir}")
     with open_session(workdir) as session:
         settings.save_flags(workdir)
         log = MetricsLog(workdir)
         selectors, current, health = make_data(session, log)
-        gaps = {} if health["headroom"] is None else {"mining": health["headroom"]}
+        gaps = {"mining": health["headroom"]} if health and health["headroom"] is not None else {}
 
-        stage("RCE: reward-weighted cross-entropy on the mined groups")
+        stage(f"RCE: reward-weighted cross-entropy, data: {settings.RCE_DATA.value}")
         current = selectors["rce"] = phases.train_rce(session, current, log)
         print_headroom(session, health, current, "RCE", gaps)
 
         if settings.GRPO_EPOCHS.value == 0:
             note("GRPO is left out: --grpo_epochs=0")
-        elif health["ready"] or settings.FORCE_GRPO.value:
+        elif settings.FORCE_GRPO.value or (health and health["ready"]):
             stage("GRPO: on-policy, through the same two stages")
             trained = phases.train_grpo(session, current, log)
             if trained is not None:
                 selectors["grpo"] = trained
                 print_headroom(session, health, trained, "GRPO", gaps)
         else:
-            note(f"GRPO is not started: {health['verdict']}; --force_grpo starts it all the same")
+            verdict = health["verdict"] if health else "nothing was mined, so nothing was checked"
+            note(f"GRPO is not started: {verdict}; --force_grpo starts it all the same")
 
         stage("evaluate: every method on held-out queries")
         result = phases.evaluate_phases(session, selectors)
@@ -58,12 +60,19 @@ def main():
 
 
 def make_data(session, log):
-    """Phases 2 to 4; returns the selectors so far, the last of them, and the health figures."""
+    """Phases 2 to 4; returns the selectors so far, the last of them, and the health figures.
+
+    With --rce_data=import there are no health figures: nothing is mined.
+    """
     selectors = {}
     current = phases.fresh(session)
-    if settings.WARMUP.value == "search":
-        stage("warm-up: search some pools, imitate what was found")
+    if settings.WARMUP.value != "none":
+        what = "search some pools" if settings.WARMUP.value == "search" else "read imported data"
+        stage(f"warm-up: {what}, imitate the best pointers")
         current = selectors["warmup"] = phases.warm_up(session, current, log)
+    if settings.RCE_DATA.value == "import":
+        note("nothing is mined and no health is checked: --rce_data=import")
+        return selectors, current, None
 
     stage("mine: score proposals, answer the best and some low ones")
     phases.mine_data(session, current)
@@ -81,6 +90,8 @@ def print_headroom(session, health, selector, name: str, gaps: dict[str, float])
     Beside it stand the gaps of the selectors before: a gap that stays says that training does not
     use the data, a gap near zero that there is nothing better in the data to learn from.
     """
+    if health is None:
+        return
     picks = phases.training_picks(session, selector, name)
     oracle = health["oracle_in_data"]
     if oracle is None or not np.isfinite(picks).any():

@@ -320,7 +320,7 @@ def health_csv(health: dict[str, Any]) -> list[tuple]:
     """
     table: list[tuple] = [("figure", "value", "low", "high")]
     for name, value in health.items():
-        if name in ("ci95", "reasons"):
+        if name in ("ci95", "reasons", "stage"):
             continue
         if name == "by_source":
             for source, entry in value.items():

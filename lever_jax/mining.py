@@ -238,8 +238,9 @@ def group_batch(
             "its candidate pool; the data were mined with other pools, use another --workdir"
         )
     actions = matches.argmax(-1).astype(np.int32)
-    members = [np.flatnonzero((row == r) & known) for r in np.unique(row)]
-    members = [m for m in members if len(m)]
+    by_row = np.flatnonzero(known)
+    by_row = by_row[np.argsort(row[by_row], kind="stable")]
+    members = np.split(by_row, np.flatnonzero(np.diff(row[by_row])) + 1) if len(by_row) else []
     width = size or max(map(len, members), default=1)
     shape = (len(members), width)
     batch = GroupBatch(

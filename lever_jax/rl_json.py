@@ -13,7 +13,7 @@ scored, after one `_meta` object:
 Ours carries every field of the store besides, so that import, export and import again give the
 same store. Files of others may leave out what they do not have, but what could be read in two
 ways is refused: a label on the wrong demonstrations is worse than none. Fields that we do not
-know are passed over.
+know pass through from file to file; a store has no place for them and refuses them.
 
 The selector never sees text, so the texts of the queries pass through: `import_rl_json` returns
 them and `export_rl_json` asks the caller for them.
@@ -31,7 +31,13 @@ import numpy as np
 
 from lever_jax import store_schema as schema
 from lever_jax.errors import InputError
-from lever_jax.rl_json_fields import Candidate, QueryEntry, entry_to_json, json_to_entry
+from lever_jax.rl_json_fields import (
+    Candidate,
+    FileReading,
+    QueryEntry,
+    entry_to_json,
+    json_to_entry,
+)
 from lever_jax.rl_json_stream import read_entries
 from lever_jax.store import Store
 
@@ -46,6 +52,7 @@ __all__ = [
 ]
 
 POINTERS = ("auto", "global", "local")
+FORMAT = "rl_json"
 _BATCH = 64  # Queries in memory at a time.
 
 
@@ -66,13 +73,16 @@ class Imported:
     known: int = 0
 
 
-def read_rl_json(path: str | Path, *, pointers: str = "auto") -> tuple[dict, Iterator[QueryEntry]]:
+def read_rl_json(
+    path: str | Path, *, pointers: str = "auto", unlabelled: bool = False
+) -> tuple[dict, Iterator[QueryEntry]]:
     """Opens an RL JSON file: its `_meta` now, its queries one by one as they are asked for.
 
     Args:
       path: the file.
       pointers: what the numbers in "pointer" are: "global" demonstration ids, "local" positions
         in `candidate_pool_ids`, or "auto": whichever of the two fits, where only one does.
+      unlabelled: accept pointers without any label, as beam searches write them.
 
     Returns:
       `_meta`, {} if the file has none, and an iterator over the queries.
@@ -94,16 +104,20 @@ def read_rl_json(path: str | Path, *, pointers: str = "auto") -> tuple[dict, Ite
         raise InputError(f"{path}: _meta.pointers={said!r} is not one of {', '.join(POINTERS)}")
     if "auto" not in (said, pointers) and said != pointers:
         raise InputError(f"{path}: _meta says that pointers are {said}, not {pointers}")
-    reading = said if pointers == "auto" else pointers
+    if "format" in meta and (meta["format"], meta.get("version")) != (FORMAT, 1):
+        raise InputError(
+            f"{path}: _meta says format {meta.get('format')!r}, version {meta.get('version')!r}; "
+            f"this code reads {FORMAT!r}, version 1"
+        )
+    file = FileReading(path, said if pointers == "auto" else pointers, unlabelled)
 
     def queries() -> Iterator[QueryEntry]:
-        seen: set[int] = set()
         if first is not None:
-            yield json_to_entry(*first, path=path, pointers=reading, seen=seen)
+            yield json_to_entry(*first, file)
         for key, value in entries:
             if key == "_meta":
                 raise InputError(f"{path}: _meta stands after a query; move it to the beginning")
-            yield json_to_entry(key, value, path=path, pointers=reading, seen=seen)
+            yield json_to_entry(key, value, file)
 
     return meta, queries()
 
@@ -136,34 +150,34 @@ def write_rl_json(path: str | Path, meta: dict, entries: Iterable[QueryEntry]) -
 
 
 def import_rl_json(
-    store: Store,
-    path: str | Path,
-    *,
-    stage: str = "imported",
-    pointers: str = "auto",
-    any_origin: bool = False,
+    store: Store, path: str | Path, *, stage: str | None = None, pointers: str = "auto"
 ) -> Imported:
     """Reads an RL JSON file into a store, all of it or, where anything is wrong, nothing.
+
+    The file must say in `_meta.fingerprint` that its scores come from the settings of the store:
+    labels of another model, prompt or metric never get in. Training can use those beside the
+    store; see `lever_jax.imported`.
 
     Args:
       store: open for writing.
       path: the file.
-      stage: under which the pointers go into the store's proposals.
+      stage: under which the pointers go into the store's proposals; `_meta.stage` by default.
       pointers: as in `read_rl_json`.
-      any_origin: accept a file that does not say which settings its scores come from; the caller
-        vouches that they are the store's. A file that says others is always refused.
+
+    Raises:
+      InputError: names the file, the query and the mend.
     """
     meta, entries = read_rl_json(path, pointers=pointers)
     origin = meta.get("fingerprint")
-    if origin is not None:
-        if not isinstance(origin, dict):
-            raise InputError(f"{path}: _meta.fingerprint is not an object")
-        schema.check_fingerprint(path, origin, store.fingerprint)
-    elif not any_origin:
+    if not isinstance(origin, dict):
         raise InputError(
             f"{path} does not say which model, prompt and settings its scores come from "
-            "(_meta.fingerprint); if they are those of this store, say so with any_origin"
+            "(_meta.fingerprint), so they cannot join the store; import it for training only"
         )
+    schema.check_fingerprint(path, origin, store.fingerprint)
+    stage = meta.get("stage") if stage is None else stage
+    if not isinstance(stage, str) or not stage:
+        raise InputError(f"{path}: _meta.stage does not say what its pointers were proposed for")
     result = Imported(meta=meta)
     with store.transaction():
         for batch in _batches(entries):
@@ -206,7 +220,7 @@ def export_rl_json(
                 yield entry
 
     header = {
-        "format": "rl_json",
+        "format": FORMAT,
         "version": 1,
         "pointers": "global",
         "stage": stage,
@@ -230,6 +244,7 @@ def _import_batch(
         store.put_pools(np.array([entry.query_id for entry in pooled]), demo_ids, similarity)
     for entry in batch:
         result.descriptions[entry.query_id] = entry.description
+        _check_fits_store(path, entry)
     candidates = [candidate for entry in batch for candidate in entry.candidates]
     if not candidates:
         return
@@ -254,6 +269,25 @@ def _import_batch(
     store.mark_kept(stage, queries[marked], pointers[marked], kept)
     result.candidates += len(candidates)
     result.known += len(candidates) - len(new)
+
+
+def _check_fits_store(path: str | Path, entry: QueryEntry) -> None:
+    """Refuses what a store could not give back as it was."""
+    names = {*entry.extra, *(name for one in entry.candidates for name in one.extra)}
+    if any(one.beam_score is not None for one in entry.candidates):
+        names.add("beam_score")
+    if names:
+        raise InputError(
+            f"{path}, query {entry.query_id}: a store has no place for {', '.join(sorted(names))}; "
+            "remove them, or import the file for training only"
+        )
+    pointers = [one.record.pointer for one in entry.candidates]
+    if len(set(pointers)) != len(pointers):
+        twice = next(pointer for pointer in pointers if pointers.count(pointer) > 1)
+        raise InputError(
+            f"{path}, query {entry.query_id}: pointer {twice} is there twice; a store keeps a "
+            "pointer once: remove one, or import the file for training only"
+        )
 
 
 def _export_batch(

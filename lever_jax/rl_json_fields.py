@@ -13,6 +13,26 @@ import numpy as np
 from lever_jax.errors import InputError
 from lever_jax.store import HOW, ScoreRecord
 
+_ENTRY_FIELDS = frozenset(
+    {"query", "candidate_pool_ids", "candidate_pool_similarity", "pointer_candidates"}
+)
+_ANSWER_FIELDS = (
+    "vqa_pred_answer",
+    "vqa_correct",
+    "vqa_acc_score",
+    "vqa_acc_official",
+    "confidence",
+    "similarity",
+    "how",
+)
+_CANDIDATE_FIELDS = frozenset(
+    {
+        *("pointer", "pointer_pos", "gen_method", "logprob_score", "beam_score", "kept"),
+        *("vqa_gt_prob", "answer_log_probs", "certified", "margin"),
+        *("eval_failed", "eval_failed_reason", *_ANSWER_FIELDS),
+    }
+)
+
 
 @dataclass(slots=True)
 class Candidate:
@@ -23,12 +43,23 @@ class Candidate:
       source: the sampler that proposed it, `gen_method` in the file.
       log_prob: under the behaviour policy, nats; NaN where it has none.
       kept: whether it stayed in the query's group, None if nobody decided.
+      beam_score: what a beam search of others ranked it by, any scale, higher is better; or None.
+      extra: fields of the file that say nothing to us, passed through: unknown ones, and what
+        stood beside a missing accuracy, such as the empty answer of a failed evaluation.
     """
 
     record: ScoreRecord
     source: str
     log_prob: float = math.nan
     kept: bool | None = None
+    beam_score: float | None = None
+    extra: dict = field(default_factory=dict)
+
+    @property
+    def labelled(self) -> bool:
+        """Whether anything says how good it is, or that nothing could."""
+        record = self.record
+        return (record.gt_prob, record.accuracy, record.eval_failed) != (None, None, None)
 
 
 @dataclass(slots=True)
@@ -40,7 +71,8 @@ class QueryEntry:
       description: its "query" object without the id: question and answers, as they are.
       pool: demonstration ids of the candidate pool, in the order of the actions, or None.
       similarity: of each of them to the query, or None.
-      candidates: its scored pointers; no two have the same.
+      candidates: its scored pointers; where one is there twice, both have the same scores.
+      extra: unknown fields, passed through.
     """
 
     query_id: int
@@ -48,6 +80,27 @@ class QueryEntry:
     pool: tuple[int, ...] | None = None
     similarity: tuple[float, ...] | None = None
     candidates: list[Candidate] = field(default_factory=list)
+    extra: dict = field(default_factory=dict)
+
+
+@dataclass(slots=True)
+class FileReading:
+    """How one file is read, and what its queries so far have settled.
+
+    Attributes:
+      path: the file, for messages.
+      pointers: "global", "local" or "auto", as in `read_rl_json`.
+      unlabelled: whether a pointer may come without any label.
+      seen: ids of the queries so far.
+      settled: with "auto", the reading that was the only one possible for some query, and that
+        query's key; a file has one convention.
+    """
+
+    path: str | Path
+    pointers: str = "auto"
+    unlabelled: bool = False
+    seen: set[int] = field(default_factory=set)
+    settled: tuple[str, str] | None = None
 
 
 def entry_to_json(entry: QueryEntry) -> dict:
@@ -90,32 +143,30 @@ def entry_to_json(entry: QueryEntry) -> dict:
             "answer_log_probs": None,
             "kept": candidate.kept,
         }
+        if candidate.beam_score is not None:
+            one["beam_score"] = candidate.beam_score
         if record.answer_log_probs is not None:
             # null stands for -inf: JSON has no infinity, and there is no other missing value.
             one["answer_log_probs"] = [_finite(x) for x in record.answer_log_probs.tolist()]
-        candidates.append(one)
-    return value
+        candidates.append(one | candidate.extra)
+    return value | entry.extra
 
 
-def json_to_entry(
-    key: str, value: object, *, path: str | Path, pointers: str, seen: set[int]
-) -> QueryEntry:
+def json_to_entry(key: str, value: object, file: FileReading) -> QueryEntry:
     """The query under one key of a file, checked.
 
     Args:
       key: the key, the query id as a decimal number.
       value: the parsed JSON under it.
-      path: the file, for messages.
-      pointers: "global", "local" or "auto", as in `read_rl_json`.
-      seen: the ids of the queries before; this one is added.
+      file: how it is read; learns from this query.
     """
-    read = _Reader(f"{path}, query {key}")
+    read = _Reader(f"{file.path}, query {key}")
     if not (key.isascii() and key.isdigit() and len(key) < 19):
         read.fail("the key is not a query id (a whole number >= 0)")
     query_id = int(key)
-    if query_id in seen:
+    if query_id in file.seen:
         read.fail(f"query id {query_id} is there twice (written in two ways)")
-    seen.add(query_id)
+    file.seen.add(query_id)
     value = read.typed(value, dict, "the entry", "an object")
     description = dict(read.typed(value.get("query", {}), dict, "query", "an object"))
     inner = description.pop("query_id", query_id)
@@ -134,25 +185,34 @@ def json_to_entry(
     raw = read.typed(value["pointer_candidates"], list, "pointer_candidates", "a list")
     for one in raw:
         read.typed(one, dict, "a pointer candidate", "an object")
-    resolved = _resolve(raw, pool, pointers, read)
-    candidates: dict[tuple[int, ...], Candidate] = {}
+    resolved, reading = _resolve(raw, pool, file.pointers, read)
+    if reading is not None:
+        first, where = file.settled = file.settled or (reading, key)
+        if first != reading:
+            read.fail(
+                f"its pointers can only be {reading}, those of query {where} only {first}; a file "
+                "has one convention, so one of the two is wrong"
+            )
+    candidates = []
+    first_of: dict[tuple[int, ...], Candidate] = {}
     for number, (one, pointer) in enumerate(zip(raw, resolved, strict=True)):
         inside = _Reader(f"{read.place}, candidate {number}, pointer {list(pointer)}")
         candidate = _candidate(query_id, pointer, one, inside)
-        first = candidates.setdefault(pointer, candidate)
-        if first.record != candidate.record:
+        if not (file.unlabelled or candidate.labelled):
+            inside.fail(
+                "has no vqa_acc_score and no vqa_gt_prob; add one, or eval_failed; or read the "
+                "file as beams, which need no label"
+            )
+        candidates.append(candidate)
+        if first_of.setdefault(pointer, candidate).record != candidate.record:
             inside.fail("the same pointer has another score earlier in the query")
-    return QueryEntry(query_id, description, pool, similarity, list(candidates.values()))
+    extra = {name: x for name, x in value.items() if name not in _ENTRY_FIELDS}
+    return QueryEntry(query_id, description, pool, similarity, candidates, extra)
 
 
 def _candidate(query_id: int, pointer: tuple[int, ...], one: dict, read: "_Reader") -> Candidate:
     """One element of `pointer_candidates`, with its pointer already resolved."""
-    failed = one.get("eval_failed") or None
-    if failed is not None:
-        failed = read.text(one.get("eval_failed_reason"), "eval_failed_reason")
-        if failed is None:
-            failed = one["eval_failed"]
-        failed = failed if isinstance(failed, str) and failed else "eval_failed in imported data"
+    failed = _failure(one, read)
     accuracy = read.share(one.get("vqa_acc_score"), "vqa_acc_score")
     gt_prob = read.optional(one.get("vqa_gt_prob"), "vqa_gt_prob")
     if gt_prob is not None and gt_prob < 0:
@@ -167,8 +227,6 @@ def _candidate(query_id: int, pointer: tuple[int, ...], one: dict, read: "_Reade
     elif accuracy is None:
         if correct is not None:
             read.fail("vqa_correct without vqa_acc_score; add it (0 to 1)")
-        if gt_prob is None:
-            read.fail("has no vqa_acc_score and no vqa_gt_prob; add one, or eval_failed")
     elif correct is not None and bool(correct) != (accuracy > 0):
         read.fail(f"vqa_correct is {int(correct)} but vqa_acc_score is {accuracy}")
     how = one.get("how")
@@ -195,7 +253,10 @@ def _candidate(query_id: int, pointer: tuple[int, ...], one: dict, read: "_Reade
         margin=math.nan if margin is None else margin,
         eval_failed=failed,
     )
-    if accuracy is not None:  # What stands beside a failure, such as an empty answer, says nothing.
+    extra = {name: x for name, x in one.items() if name not in _CANDIDATE_FIELDS}
+    if accuracy is None:
+        extra |= {name: one[name] for name in _ANSWER_FIELDS if one.get(name) is not None}
+    else:
         record.prediction = read.text(one.get("vqa_pred_answer"), "vqa_pred_answer")
         record.accuracy = accuracy
         record.accuracy_official = read.share(one.get("vqa_acc_official"), "vqa_acc_official")
@@ -203,13 +264,33 @@ def _candidate(query_id: int, pointer: tuple[int, ...], one: dict, read: "_Reade
         record.similarity = read.optional(one.get("similarity"), "similarity")
         record.how = how
     source = read.text(one.get("gen_method"), "gen_method") or "imported"
-    return Candidate(record, source, math.nan if log_prob is None else log_prob, kept)
+    beam_score = read.optional(one.get("beam_score"), "beam_score")
+    log_prob = math.nan if log_prob is None else log_prob
+    return Candidate(record, source, log_prob, kept, beam_score, extra)
+
+
+def _failure(one: dict, read: "_Reader") -> str | None:
+    """Why a candidate could not be evaluated, None if it could."""
+    failed = one.get("eval_failed")
+    reason = read.text(one.get("eval_failed_reason"), "eval_failed_reason")
+    if isinstance(failed, str):
+        failed, reason = bool(failed), reason or failed
+    if failed not in (None, False, True):
+        read.fail(f"eval_failed is {failed!r}; it must be true, false, null or the reason as text")
+    if not failed:
+        if reason:
+            read.fail("eval_failed_reason without eval_failed; remove one or set the other")
+        return None
+    return reason or "eval_failed in imported data"
 
 
 def _resolve(
     raw: list[dict], pool: tuple[int, ...] | None, pointers: str, read: "_Reader"
-) -> list[tuple[int, ...]]:
-    """The demonstration ids of every candidate of a query, under the one reading that fits."""
+) -> tuple[list[tuple[int, ...]], str | None]:
+    """The demonstration ids of every candidate of a query, under the one reading that fits.
+
+    The second value is that reading if the other was tried and is impossible, else None.
+    """
     readings: dict[str, list[tuple[int, ...]]] = {}
     reasons = []
     for reading in ("global", "local") if pointers == "auto" else (pointers,):
@@ -224,15 +305,16 @@ def _resolve(
     found = list(readings.values())
     if len(found) == 2 and found[0] != found[1]:
         read.fail(
-            "the pointers fit both as demonstration ids and as positions in the pool; say which "
-            'with pointers="global" or "local"'
+            "the pointers fit both as demonstration ids (global) and as positions in the pool "
+            "(local); say which they are"
         )
     if pointers == "auto" and pool is None and any(found[0]):
         read.fail(
-            "there are no candidate_pool_ids, so pointers may be ids or positions; say "
-            'pointers="global", or add the pool'
+            "there are no candidate_pool_ids, so pointers may be ids or positions; say that they "
+            "are global, or add the pool"
         )
-    return found[0]
+    decided = pool is not None and pointers == "auto" and len(found) == 1
+    return found[0], next(iter(readings)) if decided else None
 
 
 class _DoesNotFit(Exception):

@@ -5,6 +5,7 @@ in it is small. Everything unclear is refused: duplicate keys, NaN, a cut file, 
 """
 
 import json
+import math
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -41,7 +42,9 @@ class _Entries:
         self._at = 0  # Position of the next character in the buffer.
         self._dropped = 0  # Characters of the file before the buffer.
         self._decoder = json.JSONDecoder(
-            object_pairs_hook=self._unique, parse_constant=self._constant
+            object_pairs_hook=self._unique,
+            parse_constant=self._constant,
+            parse_float=self._real,
         )
         self._last = "the beginning"
 
@@ -121,6 +124,12 @@ class _Entries:
 
     def _constant(self, name: str) -> None:
         raise InputError(f"{self._path}: {self._last} contains {name}, which is not JSON; use null")
+
+    def _real(self, text: str) -> float:
+        value = float(text)
+        if math.isinf(value):
+            raise InputError(f"{self._path}: {self._last} contains {text}, beyond any float")
+        return value
 
     def _fail(self, why: str) -> None:
         place = self._dropped + self._at

@@ -5,6 +5,7 @@ the score of a prompt is never computed twice, whichever stage asked first. A ba
 as it lands; a run that is killed loses at most the batches in flight.
 """
 
+import contextlib
 import dataclasses
 import math
 from collections.abc import Callable
@@ -61,16 +62,25 @@ class ScoringService:
     """
 
     def __init__(self, store: Store, environment: Environment, progress: Progress):
-        self.store, self._environment, self._progress = store, environment, progress
+        self.store, self._environment, self.progress = store, environment, progress
         self.counts = ScoringCounts()
 
-    def score(self, query_ids, pointers, *, label: str) -> list[ScoreRecord]:
+    def score(
+        self,
+        query_ids,
+        pointers,
+        *,
+        label: str,
+        advance: Callable[[int], None] | None = None,
+    ) -> list[ScoreRecord]:
         """Stage A: `vqa_gt_prob` of prompts, without generating.
 
         Args:
           query_ids: int64 [n].
           pointers: int64 [n, S] demonstration ids in prompt order, right-padded with -1.
           label: what the progress bar says.
+          advance: of a bar of the caller's, which counts all n prompts, those already known at
+            once. By default there is a bar over what has to be computed.
 
         Returns:
           n records in the caller's order; equal prompts share a record.
@@ -79,13 +89,16 @@ class ScoringService:
         self.counts.asked += len(query_ids)
         known = self.store.present(query_ids, pointers)
         fresh = _distinct(query_ids, pointers, np.flatnonzero(~known))
+        if advance is not None:
+            advance(len(query_ids) - len(fresh))
         if len(fresh):
-            with self._progress(label, len(fresh)) as advance:
+            shown = contextlib.nullcontext(advance) if advance else self.progress(label, len(fresh))
+            with shown as advance_fresh:
 
                 def land(rows, batch):
                     landed = fresh[rows]
                     self._put_scores(query_ids[landed], pointers[landed], batch)
-                    advance(len(rows))
+                    advance_fresh(len(rows))
 
                 self._environment.score(query_ids[fresh], pointers[fresh], on_batch=land)
         return self.store.get_scores(query_ids, pointers)
@@ -105,7 +118,7 @@ class ScoringService:
         fresh = _distinct(query_ids, pointers, np.array(open_, np.int64))
         if not len(fresh):
             return records
-        with self._progress(f"{label}: generate", len(fresh)) as advance:
+        with self.progress(f"{label}: generate", len(fresh)) as advance:
 
             def land(rows, batch):
                 landed = fresh[rows]

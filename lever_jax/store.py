@@ -380,6 +380,12 @@ class Store(StoreFile):
             kept=np.array([-1 if row[6] is None else row[6] for row in rows], np.int8),
         )
 
+    def proposal_stages(self) -> list[str]:
+        """The stages that have proposals, by name."""
+        with named_errors(self.path):
+            rows = self._db.execute("SELECT DISTINCT stage FROM proposals ORDER BY stage")
+            return [row[0] for row in rows]
+
     def proposed_queries(self, stage: str) -> np.ndarray:
         """Int64 [n]: the queries of a stage, in the order in which they were first proposed to."""
         sql = "SELECT query_id FROM proposals WHERE stage = ? GROUP BY query_id ORDER BY min(id)"

@@ -19,10 +19,14 @@ def worth(query, pointer):
 
 
 class FakeEnvironment:
-    """Scores by `worth`, in batches, and remembers every prompt it was asked."""
+    """Scores by `worth`, in batches, and remembers every prompt it was asked.
 
-    def __init__(self, batch=7, failing=frozenset(), stop_after=None):
+    `stop_after` batches of a call, or of all calls together (`stop_in_all`), Ctrl-C is pressed.
+    """
+
+    def __init__(self, batch=7, failing=frozenset(), stop_after=None, stop_in_all=False):
         self.batch, self.failing, self.stop_after = batch, failing, stop_after
+        self.stop_in_all, self.landed = stop_in_all, 0
         self.scored, self.answered = [], []
 
     def score(self, queries, pointers, on_batch=None):
@@ -34,10 +38,12 @@ class FakeEnvironment:
     def _run(self, work, queries, pointers, on_batch):
         starts = list(range(0, len(queries), self.batch))
         for done, start in enumerate(reversed(starts)):  # batches land in any order
+            done = self.landed if self.stop_in_all else done
             if self.stop_after is not None and done >= self.stop_after:
                 raise KeyboardInterrupt
             rows = np.arange(start, min(start + self.batch, len(queries)))
             on_batch(rows, work(queries[rows], pointers[rows]))
+            self.landed += 1
 
     def _score_batch(self, queries, pointers):
         self.scored += [key(q, p) for q, p in zip(queries, pointers)]

@@ -24,7 +24,7 @@ def no_bar(label, total):
 class World:
     """Queries with pools, a selector and a scoring service over a fake VLM."""
 
-    def __init__(self, folder, environment=None, queries=12, bank=40, pool=8):
+    def __init__(self, folder, environment=None, queries=12, bank=40, pool=8, name="store"):
         rng = np.random.default_rng(0)
         self.bank = Embedded(
             np.arange(bank),
@@ -35,7 +35,7 @@ class World:
         embeddings[:, 10:] = 0
         ids = np.arange(queries) + 1000
         self.environment = environment or FakeEnvironment()
-        self.store = Store.open(folder / "store.sqlite", {"model": "fake"})
+        self.store = Store.open(folder / f"{name}.sqlite", {"model": "fake"})
         self.service = ScoringService(self.store, self.environment, no_bar)
         examples = Embedded(ids, tuple(f"q{i}" for i in ids), embeddings)
         self.queries = pool_queries(examples, self.bank, PARTS, PoolConfig(size=pool), self.store)

@@ -2,6 +2,7 @@
 
 import json
 import math
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -121,6 +122,39 @@ def test_the_file_has_the_published_fields(store, tmp_path):
     assert sorted(p.name for p in tmp_path.glob("*.json*")) == ["rl.json"]
 
 
+def test_the_memory_of_export_and_import_does_not_grow_with_the_file(tmp_path, monkeypatch):
+    monkeypatch.setattr(rl_json_stream, "CHUNK", 1 << 14)
+    peaks = []
+    for count in (96, 384):
+        with Store.open(tmp_path / f"{count}.sqlite", FINGERPRINT) as store:
+            ids = np.arange(count)
+            pools = np.tile(np.arange(8), (count, 1))
+            store.put_pools(ids, pools, np.zeros((count, 8)))
+            pointers = np.array([[i, j] for i in range(4) for j in range(4) if i != j])
+            store.put_scores(
+                ScoreRecord(int(i), tuple(p), gt_prob=0.5, prediction="x" * 50, accuracy=0.3)
+                for i in ids
+                for p in pointers.tolist()
+            )
+            every = np.tile(pointers, (count, 1))
+            names, log_probs = ["beam"] * len(every), np.zeros(len(every))
+            store.put_proposals("rce", np.repeat(ids, 12), every, names, log_probs)
+            path = tmp_path / f"{count}.json"
+            tracemalloc.start()
+            export_rl_json(store, path, stage="rce", describe=lambda i: {"question": str(i)})
+            sizes = [tracemalloc.get_traced_memory()[1]]
+            tracemalloc.reset_peak()
+            copied = write_rl_json(tmp_path / "copy.json", {}, read_rl_json(path)[1])
+            sizes.append(tracemalloc.get_traced_memory()[1])
+            tracemalloc.stop()
+        assert copied == count
+        peaks.append(sizes)
+    assert path.stat().st_size > 1.5e6
+    # A query's id stays; its records would be some 10,000 bytes.
+    for small, large in zip(*peaks, strict=True):
+        assert (large - small) / (384 - 96) < 1500, peaks
+
+
 def test_a_failed_export_leaves_the_old_file(store, tmp_path):
     fill(store)
     path = tmp_path / "rl.json"
@@ -146,7 +180,25 @@ def test_a_failed_import_leaves_the_store_as_it_was(store, tmp_path):
         assert second.counts()["scores"] == second.counts()["pools"] == 0
         path.write_text(text.replace('"tiny"', '"big"'))
         with pytest.raises(InputError, match="model is 'big' in the file and 'tiny' now"):
-            import_rl_json(second, path, any_origin=True)
+            import_rl_json(second, path)
+        for old, new, message in (
+            ('"fingerprint"', '"finger"', "does not say which model"),
+            ('"stage"', '"phase"', "_meta.stage does not say"),
+            ('"format"', '"formats"', None),
+            ('"version": 1', '"version": 2', "this code reads 'rl_json', version 1"),
+            ('"kept": true', '"kept": true, "seen": 3', "query 7: a store has no place for seen"),
+        ):
+            assert old in text
+            path.write_text(text.replace(old, new))
+            if message is not None:
+                with pytest.raises(InputError, match=message):
+                    import_rl_json(second, path)
+        data = json.loads(text)
+        data["7"]["pointer_candidates"] += data["7"]["pointer_candidates"][:1]
+        path.write_text(json.dumps(data))
+        with pytest.raises(InputError, match=r"query 7: pointer \(30, 10\) is there twice"):
+            import_rl_json(second, path)
+        assert second.counts()["scores"] == second.counts()["pools"] == 0
     path.write_text(text.replace("0.9", "0.3"))
     with pytest.raises(InputError, match=r"query 7, pointer \(30, 10\) has another score"):
         import_rl_json(store, path)
@@ -235,19 +287,139 @@ def test_what_others_leave_out(tmp_path):
     )
     entry = read(path)[0]
     assert entry.description == {}
-    first, failed, scored = [candidate.record for candidate in entry.candidates]
+    first, again, failed, scored = [candidate.record for candidate in entry.candidates]
     assert (first.accuracy, first.gt_prob, first.prediction, first.how) == (0.0, None, None, None)
-    assert entry.candidates[0].source == "imported"
+    assert again == first
+    assert [c.source for c in entry.candidates[:2]] == ["imported", "again"]
+    assert entry.candidates[0].extra == {"extra": [1]}
     assert math.isnan(entry.candidates[0].log_prob)
     assert failed.accuracy is None
     assert failed.prediction is None
     assert failed.eval_failed == "eval_failed in imported data"
+    assert entry.candidates[2].extra == {"vqa_acc_score": 0.0, "vqa_pred_answer": ""}
     assert (scored.gt_prob, scored.answered) == (0.5, False)
-    with Store.open(tmp_path / "b.sqlite", FINGERPRINT) as store:
-        with pytest.raises(InputError, match="does not say which model"):
-            import_rl_json(store, path)
-        assert import_rl_json(store, path, any_origin=True).candidates == 3
-        assert store.verify() == []
+
+
+def test_files_of_others_survive_reading_and_writing(tmp_path):
+    source = {
+        "_meta": {"by": "them", "pointers": "local"},
+        "12": {
+            "query": {"query_id": 12, "question": "What?", "gt_answers_raw": ["a"], "lang": "en"},
+            "candidate_pool_ids": [70, 30, 50],
+            "candidate_pool_similarity": [0.1, None, 1e-300],
+            "pointer_candidates": [
+                {"pointer": [2, 0], "vqa_correct": 1, "vqa_acc_score": 1 / 3, "rank": 1},
+                {"pointer": [2, 0], "vqa_acc_score": 1 / 3, "gen_method": "sample"},
+                {"pointer": [0], "eval_failed": True, "vqa_pred_answer": "", "vqa_correct": 0},
+                {"pointer": [1], "eval_failed": "no image", "vqa_gt_prob": 0.25},
+                {"pointer": [], "vqa_gt_prob": 0.7, "vqa_pred_answer": "nobody judged this"},
+                {"pointer": [1, 2], "vqa_acc_score": 0, "beam_score": -3.5, "logprob_score": -0.1},
+            ],
+            "split": {"name": "val", "weights": [1, 2.5, "x", None, 10**30]},
+        },
+        "3": {"candidate_pool_ids": [1], "pointer_candidates": []},
+    }
+    path = tmp_path / "theirs.json"
+    path.write_text(json.dumps(source))
+    meta, entries = read_rl_json(path)
+    entries = list(entries)
+    for name in ("1.json", "2.json"):
+        write_rl_json(tmp_path / name, {"pointers": "global"}, entries)
+        entries = list(read_rl_json(tmp_path / name)[1])
+    assert (tmp_path / "1.json").read_bytes() == (tmp_path / "2.json").read_bytes()
+    assert meta == source["_meta"]
+    written = json.loads((tmp_path / "2.json").read_text())
+    assert list(written) == ["_meta", "12", "3"]
+    pool = source["12"]["candidate_pool_ids"]
+    for key in ("12", "3"):
+        theirs, ours = source[key], written[key]
+        assert theirs.get("query", {}).items() <= ours["query"].items()
+        for name in theirs.keys() - {"query", "pointer_candidates"}:
+            assert ours[name] == theirs[name], name
+        for one, own in zip(theirs["pointer_candidates"], ours["pointer_candidates"], strict=True):
+            assert own["pointer_pos"] == one["pointer"]
+            assert own["pointer"] == [pool[action] for action in one["pointer"]]
+            for name in one.keys() - {"pointer", "eval_failed"}:
+                assert own[name] == one[name], name
+            assert own["eval_failed"] == bool(one.get("eval_failed"))
+    assert written["12"]["pointer_candidates"][3]["eval_failed_reason"] == "no image"
+
+
+def test_random_files_survive_reading_and_writing(tmp_path):
+    rng = np.random.default_rng()
+
+    def number():
+        return float(rng.choice([0.0, 1.0, rng.random(), rng.random() * 1e-20]))
+
+    def candidate(pool):
+        pointer = rng.permutation(len(pool))[: rng.integers(0, 4)].tolist()
+        one = {"pointer": pointer}
+        accuracy = number()
+        if rng.random() < 0.2:
+            one |= {"eval_failed": rng.choice([True, "why"]).item(), "vqa_pred_answer": "?"}
+        else:
+            one["vqa_acc_score"] = accuracy
+            if rng.random() < 0.5:
+                one["vqa_correct"] = int(accuracy > 0)
+            if rng.random() < 0.5:
+                one["vqa_gt_prob"] = number()
+        for name in ("logprob_score", "beam_score", "mine", "confidence"):
+            if rng.random() < 0.3:
+                one[name] = -number() if name != "confidence" else number()
+        return one
+
+    source = {}
+    for key in rng.permutation(1000)[:30]:
+        pool = (rng.permutation(10**6)[:8] + 10).tolist()
+        candidates = {tuple(c["pointer"]): c for c in (candidate(pool) for _ in range(6))}
+        source[str(key)] = {
+            "candidate_pool_ids": pool,
+            "pointer_candidates": list(candidates.values()),
+        }
+    path = tmp_path / "theirs.json"
+    path.write_text(json.dumps(source))
+    entries = list(read_rl_json(path, pointers="local")[1])
+    write_rl_json(tmp_path / "1.json", {}, entries)
+    write_rl_json(tmp_path / "2.json", {}, read_rl_json(tmp_path / "1.json")[1])
+    assert (tmp_path / "1.json").read_bytes() == (tmp_path / "2.json").read_bytes()
+    written = json.loads((tmp_path / "2.json").read_text())
+    for key, theirs in source.items():
+        for one, own in zip(
+            theirs["pointer_candidates"], written[key]["pointer_candidates"], strict=True
+        ):
+            assert own["pointer_pos"] == one.pop("pointer")
+            failed = one.pop("eval_failed", False)
+            assert own["eval_failed"] == (failed is not False)
+            assert one.items() <= own.items()
+
+
+def test_a_file_has_one_convention_for_its_pointers(tmp_path):
+    def entry(pointer, pool):
+        candidates = [{"pointer": pointer, **LABEL}]
+        return {"candidate_pool_ids": pool, "pointer_candidates": candidates}
+
+    path = tmp_path / "mixed.json"
+    content = {"4": entry([30, 10], [10, 20, 30]), "5": entry([], [7]), "6": entry([0], [40])}
+    path.write_text(json.dumps(content))
+    with pytest.raises(InputError, match="query 6: its pointers can only be local, those of query"):
+        read(path)
+    with pytest.raises(InputError, match="query 4: as local: candidate 0: position 30 is beyond"):
+        read(path, "local")
+    content["6"] = entry([40], [40])
+    path.write_text(json.dumps(content))
+    assert len(read(path)) == 3
+
+
+def test_beams_need_no_label(tmp_path):
+    beams = [{"pointer": [30, 10], "logprob_score": -0.5}, {"pointer": [20], "beam_score": 3}]
+    path = write(tmp_path, beams)
+    with pytest.raises(InputError, match=r"query 4, candidate 0.*read the file as beams"):
+        read(path)
+    first, second = next(read_rl_json(path, unlabelled=True)[1]).candidates
+    assert (first.labelled, first.log_prob, first.beam_score) == (False, -0.5, None)
+    assert (second.labelled, second.beam_score) == (False, 3.0)
+    failed = write(tmp_path, [{"pointer": [30], "eval_failed": True}])
+    assert read(failed)[0].candidates[0].labelled
 
 
 @pytest.mark.parametrize(
@@ -271,6 +443,11 @@ def test_what_others_leave_out(tmp_path):
         ({"pointer": 30, **LABEL}, "is not a list"),
         ({"pointer": [30], **LABEL, "how": "asked"}, "how is 'asked'"),
         ({"pointer": [30], **LABEL, "vqa_pred_answer": "\ud800"}, "not valid Unicode"),
+        ({"pointer": [30], **LABEL, "eval_failed": 2}, "eval_failed is 2; it must be"),
+        ({"pointer": [30], "eval_failed": ["x"]}, "eval_failed is .*; it must be"),
+        ({"pointer": [30], **LABEL, "eval_failed_reason": "x"}, "reason without eval_failed"),
+        ({"pointer": [30], **LABEL, "beam_score": "x"}, "not a finite number"),
+        ({"pointer": [10], "vqa_acc_score": 0.3}, "the same pointer has another score"),
         ([30], "a pointer candidate is not an object"),
     ],
 )
@@ -300,6 +477,8 @@ def test_every_doubt_is_an_error_that_names_the_query(tmp_path, candidate, messa
         ('{"4": {"pointer_candidates": [' + "[" * 10**5, "nested too deeply"),
         ('{"4": {"x": ' + "9" * 5000 + "}}", "impossible number"),
         ('{"4" 5}', "expected :, found '5'"),
+        ('{"4": {"x": [1e999]}}', "contains 1e999, beyond any float"),
+        ('{"_meta": {"format": "beams"}}', "_meta says format 'beams'"),
         ('{"4": 5}', "the entry is not an object"),
         ('{"_meta": {"pointers": "both"}}', "_meta.pointers='both'"),
         ('{"4": {"candidate_pool_ids": [1, 1]}}', "contains a number twice"),
