@@ -47,12 +47,13 @@ def show(phases: str = "train") -> None:
     write_out(settings.PLAN_OUT.value, document)
 
 
-def make_plan(phases: str = "train") -> dict[str, Any]:
+def make_plan(phases: str = "train", *, look: bool = True) -> dict[str, Any]:
     """The plan as a document: model, phases, totals, memory, sizes and assumptions.
 
-    Pairs are [at least, at most]. See `show` for the argument and the errors.
+    Pairs are [at least, at most]. See `show` for `phases` and the errors, `planned_data` for
+    `look`.
     """
-    data = planned_data()
+    data = planned_data(look=look)
     model = settings.MODEL.value
     shape, bounds = _model(model)
     grids = [_grid(shape, size, bounds) for size in data.image_sizes]

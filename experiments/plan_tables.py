@@ -43,8 +43,8 @@ def summary(plan: dict[str, Any]) -> list[str]:
         f"hours: {hours(low)} to {hours(high)} on {assumed['workers']} x {assumed['device']} at "
         f"{assumed['utilisation']:.0%} of peak, without reading data and training the selector",
         f"prompts: {total['asked'][1]:,} asked for, {total['scored'][0]:,} to "
-        f"{total['scored'][1]:,} of them scored (none twice), about {total['generated']:,} answers "
-        "generated at most",
+        f"{total['scored'][1]:,} of them scored (none twice), up to {total['generated']:,} answers "
+        "generated",
         f"disk: store {plan['disk']['store'] / 1e9:.2f} GB, embeddings "
         f"{plan['disk']['embeddings'] / 1e9:.2f} GB",
     ]

@@ -42,8 +42,11 @@ class PlannedData:
     assumptions: tuple[str, ...]
 
 
-def planned_data() -> PlannedData:
+def planned_data(*, look: bool = True) -> PlannedData:
     """Looks at the data that the flags name.
+
+    Args:
+      look: for images; otherwise their usual size is assumed even where there are some.
 
     Raises:
       InputError: the bank's files are not there and --plan_bank does not say how large it is.
@@ -63,11 +66,11 @@ def planned_data() -> PlannedData:
     folder = settings.FLAGS["bank_images"].value
     if not folder and kind == "jsonl":
         folder = str(pathlib.Path(settings.FLAGS["bank_jsonl"].value).parent)
-    sizes = sample_sizes(pathlib.Path(folder))
+    sizes = sample_sizes(pathlib.Path(folder)) if look else ()
     if not sizes:
         width, height = ASSUMED_SIZE
         sizes = (ASSUMED_SIZE,)
-        assumptions.append(f"images of {width} x {height} pixels: none found in {folder}")
+        assumptions.append(f"images of {width} x {height} pixels: none seen in {folder}")
     return PlannedData(bank, images, sizes, tuple(assumptions))
 
 

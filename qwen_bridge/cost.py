@@ -142,22 +142,29 @@ def embedding_flops(shape: ModelShape, lengths: PromptLengths, *, answer: bool) 
     return question + (language_flops(shape, lengths.answer, lengths.answer) if answer else 0.0)
 
 
-def distinct(draws: float, of: float) -> float:
-    """Expected number of distinct values among `draws` uniform draws from `of`."""
-    return of * -math.expm1(draws * math.log1p(-1 / of)) if of > 1 else min(draws, 1.0)
-
-
 def trie_nodes(candidates: float, shots: int, pool: int) -> list[float]:
     """Expected prefix nodes of each depth, 1 to `shots`, that one query's candidates need.
 
-    Pointers are ordered and do not repeat a demonstration; all of them are distinct, so the
-    deepest level has one node a candidate.
+    Pointers are ordered, do not repeat a demonstration, and are drawn evenly without replacement:
+    of N pointers, m = N / places begin with a given prefix, and all of them are missed by n draws
+    with probability prod_i (1 - m / (N - i)), i = 0 ... n - 1.
+
+    Args:
+      candidates: distinct pointers; a fraction counts as an expectation.
+      shots: S.
+      pool: demonstrations that they are drawn from, at least S.
     """
-    nodes, places = [], 1
+    every = math.perm(pool, shots)
+    draws = min(candidates, every)
+    nodes = []
     for depth in range(1, shots + 1):
-        places *= pool - depth + 1
-        full = candidates if depth == shots else distinct(candidates, places)
-        nodes.append(min(full, float(places)))
+        places = math.perm(pool, depth)
+        own = every // places
+        missed = 1.0
+        for i in range(math.ceil(draws)):
+            share = min(1.0, draws - i)  # of the last draw, where there is only a part of it
+            missed *= 1 - share * min(1.0, own / (every - i))
+        nodes.append(places * (1 - missed))
     return nodes
 
 
