@@ -1,8 +1,8 @@
 """The plan's prompt counts, against what the loop asks of a fake VLM and of the embedded one."""
 
 import dataclasses
+import itertools
 
-import jax
 import numpy as np
 import pytest
 
@@ -10,6 +10,7 @@ from experiments.workload import RunConfig, mining_phases, search_levels, traini
 from lever_jax.evaluation import EvaluationConfig, answer_picks, evaluate
 from lever_jax.mining import MiningConfig, RewardConfig, mine, on_policy_round
 from lever_jax.search import search_pools
+from lever_jax.types import Rollouts
 
 MINING = MiningConfig(
     proposals=10, quotas={"beam": 3, "sample": 3}, verify_best=3, verify_low=2, batch=5
@@ -33,6 +34,31 @@ def run_config(shots, **changes):
     return dataclasses.replace(defaults, **changes)
 
 
+class RandomProposer:
+    """Draws pointers evenly, as the counts do not depend on who draws; nothing is compiled."""
+
+    def __init__(self, pool):
+        self._pool, self._rng = pool, np.random.default_rng(0)
+
+    def mixture(self, params, key, rows, *, num, shots, **unused):
+        del params, key, unused
+        every = np.array(list(itertools.permutations(range(self._pool), shots)))
+        pointers = [self._rng.permutation(every)[:num] for _ in rows]
+        return self._rollouts(np.array(pointers, np.int32))
+
+    def on_policy(self, params, key, rows, *, num, shots):
+        del params, key
+        every = np.array(list(itertools.permutations(range(self._pool), shots)))
+        return self._rollouts(self._rng.choice(every, (len(rows), num)).astype(np.int32))
+
+    def greedy(self, params, rows, *, shots):
+        return self.on_policy(params, None, rows, num=1, shots=shots).pointers[:, 0]
+
+    def _rollouts(self, pointers):
+        shape = pointers.shape[:2]
+        return Rollouts(pointers, np.zeros(shape), np.zeros(shape, int), np.ones(shape, bool))
+
+
 class Meter:
     """What a service was asked for and computed since the last look."""
 
@@ -48,33 +74,29 @@ class Meter:
 
 def run_phases(world, run):
     """Runs the loop's phases in their order; yields (name, counts)."""
-    meter, key = Meter(world.service), jax.random.key(1)
-    queries, service = world.queries, world.service
+    meter, key = Meter(world.service), None
+    queries, service, proposer = world.queries, world.service, RandomProposer(run.pool)
 
     def picks(name):
-        pointers = world.proposer.greedy(world.params, np.arange(run.train), shots=run.shots)
+        pointers = proposer.greedy(None, np.arange(run.train), shots=run.shots)
         answer_picks(queries, pointers, service, label=name)
         return f"picks of {name}", meter.read()
 
-    selectors = {"selector_rce": world.params}
     if run.warmup_queries:
         rows = np.arange(run.warmup_queries)
         search_pools(queries, rows, service, shots=run.shots, beam=run.warmup_beam, label="warm-up")
-        selectors["selector_warmup"] = world.params
         yield "warm-up search", meter.read()
-    mine(
-        "mine", queries, world.proposer, world.params, key, service, run.mining, shots=run.shots
-    )  # fmt: skip
+    mine("mine", queries, proposer, None, key, service, run.mining, shots=run.shots)
     yield "mining", meter.read()
     yield picks("warm-up" if run.warmup_queries else "the start")
     yield picks("RCE")
-    for epoch in range(run.grpo_epochs):
+    for _ in range(run.grpo_epochs):
         on_policy_round(
             queries,
             np.arange(run.train),
-            world.proposer,
-            world.params,
-            jax.random.fold_in(key, epoch),
+            proposer,
+            None,
+            key,
             service,
             RewardConfig(),
             shots=run.shots,
@@ -84,12 +106,8 @@ def run_phases(world, run):
             label="GRPO",
         )
     if run.grpo_epochs:
-        selectors["selector_grpo"] = world.params
         yield "GRPO rounds", meter.read()
         yield picks("GRPO")
-    parts = {"image": (0, 6), "question": (6, 10), "answer": (10, 14)}
-    evaluate(queries, parts, selectors, world.proposer, service, run.evaluation)
-    yield "evaluation", meter.read()
 
 
 @pytest.mark.parametrize(
@@ -105,7 +123,8 @@ def run_phases(world, run):
 @pytest.mark.parametrize("shots", [2, 3])
 def test_counts_of_a_run(make_world, changes, shots):
     run = run_config(shots, **changes)
-    planned = {phase.name: phase for phase in mining_phases(run) + training_phases(run)}
+    phases = mining_phases(run) + training_phases(run)
+    planned = {phase.name: phase for phase in phases if phase.name != "evaluation"}
     stages = [planned.pop(name) for name in ("mining, stage A", "mining, stage B")]
     seen = set()
     for name, counts in run_phases(make_world(), run):
@@ -115,24 +134,24 @@ def test_counts_of_a_run(make_world, changes, shots):
         assert low <= counts["asked"] <= high, name
         if shots == 2:
             assert low == high, name
-        # Training and evaluation share their queries here, so less may be new than planned.
-        assert counts["scored"] <= sum(phase.scored[1] for phase in phases), name
-        if name != "evaluation":
-            assert counts["scored"] >= sum(phase.scored[0] for phase in phases), name
+        low, high = (sum(phase.scored[i] for phase in phases) for i in (0, 1))
+        assert low <= counts["scored"] <= high, name
         assert counts["generated"] <= sum(phase.answered for phase in phases), name
     assert seen == {*planned, "mining"}
 
 
-def test_counts_of_an_evaluation_alone(make_world):
-    run = run_config(3, warmup_queries=0, grpo_epochs=0)
+def test_counts_of_an_evaluation(make_world):
+    run = run_config(3, warmup_queries=0)
     planned = training_phases(run)[-1]
     world = make_world()
     parts = {"image": (0, 6), "question": (6, 10), "answer": (10, 14)}
-    selectors = {"selector_rce": world.params}
-    evaluate(world.queries, parts, selectors, world.proposer, world.service, run.evaluation)
-    assert planned.asked[0] <= world.service.counts.asked <= planned.asked[1]
-    assert planned.scored[0] <= world.service.counts.scored <= planned.scored[1]
-    assert world.service.counts.generated <= planned.answered
+    selectors = {"selector_rce": None, "selector_grpo": None}
+    proposer = RandomProposer(run.pool)
+    evaluate(world.queries, parts, selectors, proposer, world.service, run.evaluation)
+    counts = world.service.counts
+    assert planned.asked[0] <= counts.asked <= planned.asked[1]
+    assert planned.scored[0] <= counts.scored <= planned.scored[1]
+    assert counts.generated <= planned.answered
 
 
 def test_the_main_job_on_the_embedded_world():
@@ -147,7 +166,7 @@ def test_the_main_job_on_the_embedded_world():
     # The middle of the bounds is 3% off, each bound about a fifth.
     assert (low + high) / 2 == pytest.approx(82_967, rel=0.05)
     assert (low, high) == (pytest.approx(82_967, rel=0.25),) * 2
-    assert 9_033 <= sum(p.answered for p in phases)
+    assert sum(p.answered for p in phases) >= 9_033
 
 
 def test_search_levels_by_hand():

@@ -165,7 +165,7 @@ def test_files_that_are_missing_or_pickled(trained, tmp_path):
         load_model("", adapter=str(folder))
     (folder / "adapter_config.json").write_text("[]")
     weights.touch()
-    with pytest.raises(InputError, match="adapter_config.json is not peft's"):
+    with pytest.raises(InputError, match=r"adapter_config\.json is not peft's"):
         check_adapter(folder)
 
 

@@ -140,7 +140,7 @@ def test_shards(checkpoint, rename):
 def test_a_missing_shard_is_named(checkpoint):
     shard(checkpoint)
     (checkpoint / "model-00002-of-00002.safetensors").unlink()
-    with pytest.raises(InputError, match="1 of 2 shards are not in .*model-00002-of-00002"):
+    with pytest.raises(InputError, match=r"1 of 2 shards are not in .*model-00002-of-00002"):
         load_model(str(checkpoint))
 
 
@@ -155,7 +155,7 @@ def test_pickled_weights_are_never_read(checkpoint):
     weights = load_file(checkpoint / "model.safetensors")
     torch.save(weights, checkpoint / "pytorch_model.bin")
     (checkpoint / "model.safetensors").unlink()
-    with pytest.raises(InputError, match="no weights.*only safetensors are read"):
+    with pytest.raises(InputError, match=r"no weights.*only safetensors are read"):
         load_model(str(checkpoint))
 
 
