@@ -12,8 +12,8 @@ GIB = 2**30
 def print_plan(plan: dict[str, Any]) -> None:
     """Prints phases, memory, disk and assumptions."""
     assumed, total = plan["assumptions"], plan["total"]
-    title = f"plan for {plan['model']['name']}: a prediction, nothing was run"
-    table = Table(title=title, title_justify="left")
+    note(f"plan for {plan['model']['name']}: a prediction, nothing was run")
+    table = Table()
     columns = ("phase", "asked for", "scored", "generated", "tokens", "PFLOP", "at most")
     for column in columns:
         table.add_column(column, justify="left" if column == "phase" else "right", no_wrap=True)

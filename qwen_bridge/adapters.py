@@ -27,9 +27,7 @@ def check_adapter(folder: pathlib.Path) -> None:
       InputError: peft is not installed, or the folder holds no LoRA adapter in safetensors.
     """
     if importlib.util.find_spec("peft") is None:
-        raise InputError(
-            f"--adapter={folder} needs peft: pip install -c constraints.txt 'lever[adapter]'"
-        )
+        raise InputError(f"--adapter={folder} needs peft: pip install -c constraints.txt peft")
     if not folder.is_dir():
         raise InputError(f"--adapter={folder} is not a folder; give one that peft has saved")
     for name in (CONFIG, WEIGHTS):

@@ -152,9 +152,11 @@ def trie_nodes(candidates: float, shots: int, pool: int) -> list[float]:
     Args:
       candidates: distinct pointers; a fraction counts as an expectation.
       shots: S.
-      pool: demonstrations that they are drawn from, at least S.
+      pool: demonstrations that they are drawn from; fewer than S allow no pointer.
     """
     every = math.perm(pool, shots)
+    if not every:
+        return [0.0] * shots
     draws = min(candidates, every)
     nodes = []
     for depth in range(1, shots + 1):
@@ -211,7 +213,7 @@ def rung_flops(
     own = length + lengths.branch_tokens
     branches = language_flops(shape, own, own) + head_flops(shape, lengths.branch_rows)
     last = candidates * last_flops(shape, lengths, shots)
-    nodes = trie_nodes(candidates, shots, candidates) if nodes is None else nodes
+    nodes = trie_nodes(candidates, shots, max(candidates, shots)) if nodes is None else nodes
     prefixes = prefix_flops(shape, lengths, 0) + sum(
         count * prefix_flops(shape, lengths, depth) for depth, count in enumerate(nodes, 1)
     )

@@ -171,5 +171,5 @@ def test_files_that_are_missing_or_pickled(trained, tmp_path):
 
 def test_without_peft_the_mend_is_named(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "peft", None)
-    with pytest.raises(InputError, match=r"needs peft: pip install .*'lever\[adapter\]'"):
+    with pytest.raises(InputError, match=r"needs peft: pip install -c constraints\.txt peft"):
         check_adapter(tmp_path)

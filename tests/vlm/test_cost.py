@@ -181,6 +181,7 @@ def test_prefix_nodes_at_the_edges():
     assert cost.trie_nodes(1, 2, 5) == pytest.approx([1, 1])
     assert cost.trie_nodes(0.5, 2, 5) == pytest.approx([0.5, 0.5])
     assert cost.trie_nodes(3, 1, 3) == cost.trie_nodes(99, 1, 3) == pytest.approx([3])
+    assert cost.trie_nodes(0, 3, 2) == [0, 0, 0]
     assert cost.trie_nodes(30, 2, 6) == pytest.approx([6, 30])
 
 

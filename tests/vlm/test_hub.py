@@ -8,7 +8,6 @@ import sys
 
 import pytest
 
-from qwen_bridge import hub
 from qwen_bridge.errors import InputError
 from qwen_bridge.hub import TINY_QWEN, hub_id, resolve_config, resolve_model
 from qwen_bridge.loading import load_model
@@ -122,5 +121,8 @@ def test_offline_an_unknown_id_is_one_clear_error(tmp_path):
     assert "InputError: --model=org/unknown is not a folder" in run.stderr.splitlines()[-1]
 
 
-def test_the_patterns_are_those_of_the_module():
-    assert not any(pattern in hub.ALLOWED_FILES for pattern in ("*", "*.bin", "*.py", "*.pt"))
+def test_workers_never_download(asked):
+    # They are given the folder that the driver has resolved; a hub id is none.
+    with pytest.raises(InputError, match="--model=org/name is not a folder"):
+        load_model("org/name")
+    assert not asked
