@@ -23,7 +23,7 @@ def _gpu(teraflops: float, gib: float, gigabytes: float) -> Device:
 
 
 DEVICES = {
-    "b200": _gpu(2250, 180, 7700),
+    "b200": _gpu(2250, 180, 8000),
     "h200": _gpu(989, 141, 4800),
     "h100": _gpu(989, 80, 3350),
     "h100_pcie": _gpu(756, 80, 2000),

@@ -60,6 +60,6 @@ def _download(model: str, repo: str, revision: str | None, patterns) -> str:
     except Exception as error:  # Network, cache, names, rights: the library raises many kinds.
         raise InputError(
             f"--model={model} is not a folder, and as a model of the Hugging Face hub it cannot "
-            f"be had ({one_line(error)}); check the name, unset HF_HUB_OFFLINE to download it, or "
+            f"be had ({one_line(error).split('. ')[0]}); check the name, unset HF_HUB_OFFLINE to download it, or "
             "give a folder"
         ) from error

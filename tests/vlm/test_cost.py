@@ -246,3 +246,39 @@ def test_memory_of_a_worker():
         assert larger["forward"] > parts["forward"]
         assert larger["weights"] == parts["weights"]
     assert worker_memory(THREE, lengths, **size, value_bytes=4)["weights"] == 2 * parts["weights"]
+
+
+def test_the_fast_scorer_does_what_the_model_says(make_scorer):
+    """Cold and warm, one query and all ordered pairs of six demonstrations; padding included."""
+    scorer = make_scorer(batch_tokens=1 << 14)
+    query = scorer.dataset.train[0].id
+    pool = [example.id for example in scorer.dataset.bank[:6]]
+    pointers = np.array(list(itertools.permutations(pool, 2)))
+    requests, _ = scorer._requests(np.full(len(pointers), query), pointers)
+    requests = list(requests.values())
+    forms = requests[0].branches.forms
+    system, shown, asked = (
+        np.mean([len(request.segments[i]) for request in requests]) for i in (0, 1, -1)
+    )
+    lengths = cost.PromptLengths(
+        image=1,
+        system=system,
+        layout=0,
+        question=asked - 1,
+        answer=shown - asked - 2,
+        branch_tokens=sum(len(form) - 1 for form in forms),
+        branch_rows=sum(map(len, forms)),
+        forms=len(forms),
+    )
+    assert (lengths.query, lengths.demonstration) == pytest.approx((asked, shown))
+    expected = cost.rung_flops(
+        ModelShape.from_folder(TINY_QWEN),
+        lengths,
+        (2, 2),
+        candidates=len(pointers),
+        shots=2,
+        nodes=cost.trie_nodes(len(pointers), 2, len(pool)),
+    )
+    for rung in ("trie_cold", "trie_warm"):
+        measured = counted(lambda: scorer._score_branches(requests))
+        assert measured == pytest.approx(expected[rung], rel=0.05), rung
