@@ -58,8 +58,8 @@ def _download(model: str, repo: str, revision: str | None, patterns) -> str:
     try:
         return snapshot_download(repo, revision=revision, allow_patterns=list(patterns))
     except Exception as error:  # Network, cache, names, rights: the library raises many kinds.
+        why = one_line(error).split(". ")[0]
         raise InputError(
             f"--model={model} is not a folder, and as a model of the Hugging Face hub it cannot "
-            f"be had ({one_line(error).split('. ')[0]}); check the name, unset HF_HUB_OFFLINE to download it, or "
-            "give a folder"
+            f"be had ({why}); check the name, unset HF_HUB_OFFLINE to download it, or give a folder"
         ) from error
