@@ -31,7 +31,8 @@ def build(settings: dict, dataset: Dataset | None = None) -> tuple[PromptScorer,
 
     Args:
       settings: `dataset` as for `open_dataset`; `model`, `device` (`auto`, `cpu`, `cuda`),
-        `dtype` (`auto`, `float32`, `bfloat16`), `min_pixels`, `max_pixels` as for `load_model`;
+        `dtype` (`auto`, `float32`, `bfloat16`), `min_pixels`, `max_pixels`, `adapter` as for
+        `load_model`;
         `prompt_style`, `instruction`; `scorer` (`trie` or `reference`), `answer_weight`,
         `gt_prob`, `max_new_tokens`, `cache_mib`, `vision_cache_mib`, `batch_tokens`; `encoder`
         (`qwen`, `clip`, `siglip`) and `encoder_model`, the folder of the latter two.
@@ -60,6 +61,7 @@ def build(settings: dict, dataset: Dataset | None = None) -> tuple[PromptScorer,
         dtype=dtype,
         min_pixels=settings["min_pixels"],
         max_pixels=settings["max_pixels"],
+        adapter=settings["adapter"],
     )
     template = PromptTemplate(settings["prompt_style"], settings["instruction"])
     builder = PromptBuilder(loaded.tokenizer, template)

@@ -7,6 +7,7 @@ from qwen_bridge import workers
 SETTINGS = {
     "dataset": {"kind": "digits", "seed": 0, "bank": 300, "train": 40, "eval": 60},
     "model": "",
+    "adapter": "",
     "device": "cpu",
     "dtype": "float32",
     "min_pixels": None,
