@@ -9,8 +9,11 @@ such draws known already) and an upper one (none). Tests hold the counts to thos
 import dataclasses
 import math
 
-from lever_jax.evaluation import SIMILARITIES, EvaluationConfig
+from lever_jax.evaluation import EvaluationConfig
 from lever_jax.mining import MiningConfig
+
+
+_RANKED = 7  # three similarities, in both directions, and MMR
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,7 +102,8 @@ def mining_phases(run: RunConfig) -> list[Phase]:
     """Warm-up, mining and the health check: what `experiments.mine` does."""
     phases, places = [], math.perm(run.pool, run.shots)
     proposals = min(run.mining.proposals, places)
-    answered = min(proposals, run.mining.verify_best + run.mining.verify_low)
+    chosen = min(proposals, run.mining.verify_best + run.mining.verify_low)
+    answered = min(proposals, chosen + run.mining.verify_uniform)
     searched = min(run.warmup_queries, run.train)
     if searched:
         levels = search_levels(run.pool, run.shots, run.warmup_beam)
@@ -115,7 +119,8 @@ def mining_phases(run: RunConfig) -> list[Phase]:
     )
     mined = Phase("mining, stage A", (run.train * proposals,) * 2, work, run.train)
     work = (Work(run.train, run.shots, run.pool, 0, 0, answered),)
-    stage_b = Phase("mining, stage B", (run.train * answered,) * 2, work, run.train)
+    asked = (run.train * chosen, run.train * answered)  # the uniform ones may be chosen already
+    stage_b = Phase("mining, stage B", asked, work, run.train)
     return [*phases, mined, stage_b, _picks(run, "warm-up" if searched else "the start")]
 
 
@@ -166,11 +171,13 @@ def _picks(run: RunConfig, name: str) -> Phase:
 
 def _evaluation(run: RunConfig, selectors: int) -> list[Phase]:
     config, count = run.evaluation, run.evaluated
-    methods = len(SIMILARITIES) + config.random_seeds + 1 + selectors  # 1: MMR
     work = [Work(count, 0, run.pool, 1, 1, 1, apart=True)]  # zero-shot
-    asked = [1 + methods * len(config.shots)] * 2
+    asked = [1, 1]
     oracle: list[tuple[int, int]] = []
     for shots in config.shots:
+        methods = config.random_seeds + _RANKED
+        methods += selectors * sum(_decoded(name, shots, run) for name in config.decodings)
+        asked = [a + methods for a in asked]
         most = min(methods, math.perm(run.pool, shots))
         # With an oracle every single of the pool is scored, whoever asks first.
         known = shots == 1 and config.oracle_beam
@@ -179,7 +186,7 @@ def _evaluation(run: RunConfig, selectors: int) -> list[Phase]:
         for shots in config.shots:
             levels = search_levels(run.pool, shots, config.oracle_beam)
             oracle = max(oracle, levels, key=len)
-            tried = [min(config.oracle_verify, bound) for bound in levels[-1]]
+            tried = [min(config.oracle_verify, bound) + _RANKED for bound in levels[-1]]
             asked = [a + sum(l) + t for a, l, t in zip(asked, zip(*levels), tried)]  # noqa: E741
         search = _search_work(count, oracle, run.pool, config.oracle_beam)
         work += [
@@ -189,3 +196,13 @@ def _evaluation(run: RunConfig, selectors: int) -> list[Phase]:
             for level in search
         ]
     return [Phase("evaluation", (count * asked[0], count * asked[1]), tuple(work), count)]
+
+
+def _decoded(decoding: str, shots: int, run: RunConfig) -> int:
+    """Prompts a query that one decoding of one selector asks for."""
+    if decoding == "shuffled":
+        orders = max(1, math.factorial(shots) - 1)
+        return min(run.evaluation.random_seeds, orders)
+    if decoding in ("rerank", "oracle_rerank"):
+        return min(run.evaluation.rerank_width, math.perm(run.pool, shots))
+    return 1

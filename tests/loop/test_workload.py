@@ -132,7 +132,7 @@ def test_counts_of_a_run(make_world, changes, shots):
         seen.add(name)
         low, high = (sum(phase.asked[i] for phase in phases) for i in (0, 1))
         assert low <= counts["asked"] <= high, name
-        if shots == 2:
+        if shots == 2 and name != "mining":
             assert low == high, name
         low, high = (sum(phase.scored[i] for phase in phases) for i in (0, 1))
         assert low <= counts["scored"] <= high, name
@@ -155,12 +155,13 @@ def test_counts_of_an_evaluation(make_world):
 
 
 def test_the_main_job_on_the_embedded_world():
-    # README: `make train` asked for 134,700 prompts, scored 82,967 and generated 9,033.
+    # `make train` before reversed similarities asked for 136,377 prompts, scored 82,942 and
+    # generated 10,080: mining asks for up to four uniform answers a query.
     run = RunConfig(
         600, 400, 32, 2, 150, 6, MiningConfig(), 5, 8, "all", EvaluationConfig(shots=(1, 2))
     )
     phases = mining_phases(run) + training_phases(run)
-    assert [sum(p.asked[i] for p in phases) for i in (0, 1)] == [134_700, 134_700]
+    assert [sum(p.asked[i] for p in phases) for i in (0, 1)] == [142_700, 145_100]
     low, high = (sum(p.scored[i] for p in phases) for i in (0, 1))
     assert low <= 82_967 <= high
     # The middle of the bounds is 3% off, each bound about a fifth.
