@@ -183,8 +183,7 @@ def rce_groups(session: Session, shots: int, *, beside: GroupBatch | None) -> Im
 
 def _open(session: Session, shots: int) -> tuple[ImportedData, PooledQueries]:
     data = fit(session.workdir, examples(session.dataset, session.train), shots)
-    bank_ids = np.array([example.id for example in session.dataset.bank], np.int64)
-    return data, pooled(data, session.train, bank_ids)
+    return data, pooled(data, session.train, session.bank)
 
 
 def _with_origin(session: Session, queries: PooledQueries, groups: GroupBatch) -> ImportedGroups:

@@ -27,7 +27,6 @@ from qwen_bridge.memory import worker_memory
 from qwen_bridge.shape import PUBLISHED, ModelShape
 
 PUBLISHED_PIXELS = (3136, 12_845_056)  # preprocessor_config.json of the published checkpoints
-FEATURE_BYTES = 2 << 30  # budget of cached image features
 BANDWIDTH_SHARE = 0.6  # of a GPU's memory bandwidth, while it decodes
 STORE_BYTES = 300  # a prompt of two shots in the store: its score, answer and proposal
 
@@ -74,7 +73,7 @@ def make_plan(phases: str = "train", *, look: bool = True) -> dict[str, Any]:
         shots=max(run.shots, *run.evaluation.shots),
         batch_tokens=settings.BATCH_TOKENS.value,
         cache_bytes=settings.CACHE_MIB.value << 20,
-        feature_bytes=FEATURE_BYTES,
+        feature_bytes=settings.VISION_CACHE_MIB.value << 20,
         value_bytes=pricer.value_bytes,
     )
     device = DEVICES[settings.PLAN_DEVICE.value]
@@ -140,6 +139,10 @@ def run_config() -> RunConfig:
         group_size=settings.GROUP_SIZE.value,
         verify=settings.VERIFY.value,
         evaluation=settings.evaluation_config(),
+        warms_up=settings.WARMUP.value != "none",
+        construction=settings.SEARCH_CONSTRUCTION.value,
+        gain=settings.SEARCH_SCORE.value == "gain",
+        mines=settings.RCE_DATA.value != "import",
     )
 
 

@@ -34,6 +34,7 @@ class Session:
       dataset: examples by id.
       environment: the workers.
       service: scores prompts through the store.
+      bank: the demonstrations, embedded.
       train: training queries with their pools.
       eval: evaluation queries with their pools.
       init: key to fresh parameters of the selector.
@@ -46,6 +47,7 @@ class Session:
     dataset: Dataset
     environment: Environment
     service: ScoringService
+    bank: Embedded
     train: PooledQueries
     eval: PooledQueries
     init: object
@@ -126,6 +128,7 @@ def open_session(workdir: pathlib.Path) -> Iterator[Session]:
             dataset,
             environment,
             service,
+            bank,
             *pooled,
             init,
             policy,

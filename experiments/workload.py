@@ -12,8 +12,8 @@ import math
 from lever_jax.evaluation import EvaluationConfig
 from lever_jax.mining import MiningConfig
 
-
-_RANKED = 7  # three similarities, in both directions, and MMR
+# Picks of `baseline_picks` without chance: three similarities, each reversed too, and MMR.
+_RANKED = 7
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,6 +78,10 @@ class RunConfig:
       shots: S in training.
       warmup_queries: that are searched; 0 without a warm-up.
       warmup_beam: pointers kept at each level of that search.
+      warms_up: whether a warm-up gives a selector, searched or imported.
+      construction: of the search, see `search.extend`.
+      gain: the search asks for the prompt without demonstrations too.
+      mines: whether data are mined, and picks on training queries compared with them.
       mining: proposals and how many of them are answered.
       grpo_epochs: passes over the training queries; 0 without GRPO.
       group_size: G.
@@ -96,6 +100,10 @@ class RunConfig:
     group_size: int
     verify: str
     evaluation: EvaluationConfig
+    warms_up: bool = True
+    construction: str = "both"
+    gain: bool = False
+    mines: bool = True
 
 
 def mining_phases(run: RunConfig) -> list[Phase]:
@@ -106,13 +114,17 @@ def mining_phases(run: RunConfig) -> list[Phase]:
     answered = min(proposals, chosen + run.mining.verify_uniform)
     searched = min(run.warmup_queries, run.train)
     if searched:
-        levels = search_levels(run.pool, run.shots, run.warmup_beam)
+        levels = search_levels(run.pool, run.shots, run.warmup_beam, run.construction)
         work = _search_work(searched, levels, run.pool, run.warmup_beam)
-        asked = [searched * sum(bounds) for bounds in zip(*levels)]
+        if run.gain:
+            work.append(Work(searched, 0, run.pool, 1, 1))
+        asked = [searched * (sum(bounds) + run.gain) for bounds in zip(*levels)]
         phases.append(Phase("warm-up search", tuple(asked), tuple(work), searched))
         overlap = min(levels[-1][1], proposals)
     else:
         overlap = 0
+    if not run.mines:
+        return phases
     work = (
         Work(searched, run.shots, run.pool, proposals, proposals - overlap),
         Work(run.train - searched, run.shots, run.pool, proposals, proposals),
@@ -121,12 +133,12 @@ def mining_phases(run: RunConfig) -> list[Phase]:
     work = (Work(run.train, run.shots, run.pool, 0, 0, answered),)
     asked = (run.train * chosen, run.train * answered)  # the uniform ones may be chosen already
     stage_b = Phase("mining, stage B", asked, work, run.train)
-    return [*phases, mined, stage_b, _picks(run, "warm-up" if searched else "the start")]
+    return [*phases, mined, stage_b, _picks(run, "warm-up" if run.warms_up else "the start")]
 
 
 def training_phases(run: RunConfig) -> list[Phase]:
     """RCE, GRPO and the evaluation: what `experiments.train` does after mining."""
-    phases = [_picks(run, "RCE")]
+    phases = [_picks(run, "RCE")] if run.mines else []
     if run.grpo_epochs:
         asked = answered = run.group_size
         if run.verify == "top_m":
@@ -135,22 +147,26 @@ def training_phases(run: RunConfig) -> list[Phase]:
         draws = run.train * run.grpo_epochs
         work = Work(draws, run.shots, run.pool, run.group_size, 0, answered)
         phases.append(Phase("GRPO rounds", (draws * asked,) * 2, (work,), run.train))
-        phases.append(_picks(run, "GRPO"))
-    selectors = 1 + bool(run.warmup_queries) + bool(run.grpo_epochs)
+        if run.mines:
+            phases.append(_picks(run, "GRPO"))
+    selectors = 1 + run.warms_up + bool(run.grpo_epochs)
     return [*phases, *_evaluation(run, selectors)]
 
 
-def search_levels(pool: int, shots: int, beam: int) -> list[tuple[int, int]]:
+def search_levels(
+    pool: int, shots: int, beam: int, construction: str = "both"
+) -> list[tuple[int, int]]:
     """Prompts that a pool search scores at each level, at least and at most, for one query.
 
-    Level 1 scores every candidate. Level s puts each of the best singles first and last to each
-    of the best pointers of level s - 1; a tuple can come about in both ways, and at level 2,
-    where the best pointers are the best singles, each does.
+    Level 1 scores every candidate. Level s puts each of the best singles first, last or both to
+    each of the best pointers of level s - 1. With both, a tuple can come about in two ways, and
+    at level 2, where the best pointers are the best singles, each does.
     """
     levels, kept = [(pool, pool)], min(beam, pool)
     for level in range(2, shots + 1):
         ways = kept * max(0, min(beam, pool) - level + 1)
-        levels.append((ways, ways if level == 2 else 2 * ways))
+        most = 2 * ways if construction == "both" and level > 2 else ways
+        levels.append((ways, most))
         kept = min(beam, ways)
     return levels
 
@@ -172,22 +188,21 @@ def _picks(run: RunConfig, name: str) -> Phase:
 def _evaluation(run: RunConfig, selectors: int) -> list[Phase]:
     config, count = run.evaluation, run.evaluated
     work = [Work(count, 0, run.pool, 1, 1, 1, apart=True)]  # zero-shot
-    asked = [1, 1]
-    oracle: list[tuple[int, int]] = []
+    asked, oracle = [1, 1], []
     for shots in config.shots:
-        methods = config.random_seeds + _RANKED
-        methods += selectors * sum(_decoded(name, shots, run) for name in config.decodings)
-        asked = [a + methods for a in asked]
-        most = min(methods, math.perm(run.pool, shots))
+        places = math.perm(run.pool, shots)
+        methods = config.random_seeds + _RANKED + selectors * _decoded(config, shots, places)
+        asked = [bound + methods for bound in asked]
+        most = min(methods, places)
         # With an oracle every single of the pool is scored, whoever asks first.
         known = shots == 1 and config.oracle_beam
         work.append(Work(count, shots, run.pool, 0 if known else most, 0, most, apart=True))
-    if config.oracle_beam:
-        for shots in config.shots:
+        if config.oracle_beam:
             levels = search_levels(run.pool, shots, config.oracle_beam)
             oracle = max(oracle, levels, key=len)
-            tried = [min(config.oracle_verify, bound) + _RANKED for bound in levels[-1]]
-            asked = [a + sum(l) + t for a, l, t in zip(asked, zip(*levels), tried)]  # noqa: E741
+            for i, bounds in enumerate(zip(*levels)):
+                asked[i] += sum(bounds) + min(config.oracle_verify, bounds[-1]) + _RANKED
+    if config.oracle_beam:
         search = _search_work(count, oracle, run.pool, config.oracle_beam)
         work += [
             dataclasses.replace(level, answered=min(config.oracle_verify, level.new))
@@ -198,11 +213,9 @@ def _evaluation(run: RunConfig, selectors: int) -> list[Phase]:
     return [Phase("evaluation", (count * asked[0], count * asked[1]), tuple(work), count)]
 
 
-def _decoded(decoding: str, shots: int, run: RunConfig) -> int:
-    """Prompts a query that one decoding of one selector asks for."""
-    if decoding == "shuffled":
-        orders = max(1, math.factorial(shots) - 1)
-        return min(run.evaluation.random_seeds, orders)
-    if decoding in ("rerank", "oracle_rerank"):
-        return min(run.evaluation.rerank_width, math.perm(run.pool, shots))
-    return 1
+def _decoded(config: EvaluationConfig, shots: int, places: int) -> int:
+    """Pointers that the decodings of one selector have answered a query; see `decoding.decode`."""
+    reranked = min(config.rerank_width, places)
+    orders = max(1, min(config.random_seeds, math.factorial(shots) - 1))
+    pointers = {"rerank": reranked, "oracle_rerank": reranked, "shuffled": orders}
+    return sum(pointers.get(decoding, 1) for decoding in config.decodings)

@@ -15,7 +15,7 @@ import numpy as np
 
 from lever_jax.errors import InputError
 from lever_jax.mining import RewardConfig, group_batch
-from lever_jax.pooled import PooledQueries
+from lever_jax.pooled import Embedded, PooledQueries
 from lever_jax.rl_json_fields import Candidate, QueryEntry
 from lever_jax.scoring import columns
 from lever_jax.training import GroupBatch, PoolTable
@@ -222,18 +222,19 @@ def _fitting_pointers(
     return list(fitting.values())
 
 
-def pooled(data: ImportedData, queries: PooledQueries, bank_ids: np.ndarray) -> PooledQueries:
+def pooled(data: ImportedData, queries: PooledQueries, bank: Embedded) -> PooledQueries:
     """The imported queries with their pools, over the embeddings of the run.
 
     Args:
       data: with every pool known.
       queries: the run's training queries; all of `data`'s are among them.
-      bank_ids: int64 [N] the demonstration of each row of the run's bank embeddings.
+      bank: the run's demonstrations.
 
     Returns:
       Q queries in the order of `data.queries`, pools padded to the largest.
     """
-    row_of = {demo_id: row for row, demo_id in enumerate(np.asarray(bank_ids).tolist())}
+    used = np.unique(np.concatenate([np.asarray(pool, np.int64) for pool in data.pools]))
+    row_of = {demo_id: row for row, demo_id in enumerate(used.tolist())}
     width = max(map(len, data.pools), default=1)
     pool_ids = np.full((len(data.pools), width), -1, np.int64)
     rows = np.zeros(pool_ids.shape, np.int32)
@@ -244,11 +245,18 @@ def pooled(data: ImportedData, queries: PooledQueries, bank_ids: np.ndarray) -> 
     at = jnp.asarray([where[query_id] for query_id in data.queries.tolist()], jnp.int32)
     table = queries.table._replace(
         queries=queries.table.queries[at],
+        bank=jnp.asarray(bank.embeddings[rows_of(bank.ids, used)]),
         rows=jnp.asarray(rows),
         mask=jnp.asarray(pool_ids >= 0),
         query_ids=queries.table.query_ids[at],
     )
     return dataclasses.replace(queries, query_ids=data.queries, pool_ids=pool_ids, table=table)
+
+
+def rows_of(ids: np.ndarray, wanted: np.ndarray) -> np.ndarray:
+    """Where each of `wanted` stands in `ids`, which holds all of them, each once."""
+    order = np.argsort(ids, kind="stable")
+    return order[np.searchsorted(ids, wanted, sorter=order)]
 
 
 def imported_groups(data: ImportedData, queries: PooledQueries, reward: RewardConfig) -> GroupBatch:
@@ -336,9 +344,11 @@ def join(
     """Both sets of groups over one table, padded to the wider pool and the larger group."""
     (groups, table), (more, other) = first, second
     width = max(table.rows.shape[1], other.rows.shape[1])
+    shifted = other.rows + np.int32(len(table.bank))
     joined = table._replace(
         queries=jnp.concatenate([table.queries, other.queries]),
-        rows=jnp.concatenate([_widen(table.rows, width), _widen(other.rows, width)]),
+        bank=jnp.concatenate([table.bank, other.bank]),
+        rows=jnp.concatenate([_widen(table.rows, width), _widen(shifted, width)]),
         mask=jnp.concatenate([_widen(table.mask, width), _widen(other.mask, width)]),
         query_ids=jnp.concatenate([table.query_ids, other.query_ids]),
     )

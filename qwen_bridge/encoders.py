@@ -7,7 +7,6 @@ in float32 on any device: embeddings decide pools, and a second of GPU time is n
 """
 
 import dataclasses
-import hashlib
 import json
 import pathlib
 import re
@@ -33,6 +32,7 @@ from transformers.models.siglip2.image_processing_pil_siglip2 import Siglip2Imag
 
 from qwen_bridge.embedder import Encoder, encoder_fingerprint, in_batches
 from qwen_bridge.errors import InputError
+from qwen_bridge.identity import checkpoint_digest
 from qwen_bridge.vision import read_images
 
 _BATCH = 64  # images or texts of a forward pass
@@ -189,7 +189,7 @@ def load_encoder(kind: str, path: str, load_image: Callable, device: str) -> Con
             f"config.json: {wrong[0]}"
         )
     model.eval().requires_grad_(False).to(device)
-    fingerprint = encoder_fingerprint(kind, _digest(folder), processor.to_json_string())
+    fingerprint = encoder_fingerprint(kind, checkpoint_digest(folder), processor.to_json_string())
     return ContrastiveEncoder(model, processor, tokens_of, collate, load_image, fingerprint)
 
 
@@ -258,14 +258,3 @@ def _siglip_texts(folder: pathlib.Path, config):
         return {"input_ids": ids}
 
     return tokens_of, collate
-
-
-def _digest(folder: pathlib.Path) -> str:
-    """Hash of the weights and settings of a folder."""
-    digest = hashlib.blake2b(digest_size=16)
-    for file in sorted([*folder.glob("*.json"), *folder.glob("*.safetensors")]):
-        digest.update(f"{file.name}\0{file.stat().st_size}\0".encode())
-        with file.open("rb") as stream:
-            while block := stream.read(1 << 22):
-                digest.update(block)
-    return digest.hexdigest()

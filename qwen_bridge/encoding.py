@@ -21,6 +21,7 @@ from qwen_bridge import workers
 from qwen_bridge.contents import ImageKeys, pixels_key
 from qwen_bridge.embedding_cache import EmbeddingCache
 from qwen_bridge.errors import InputError
+from qwen_bridge.hub import resolve_model
 from qwen_bridge.prompts import PromptError
 from qwen_bridge.vqa.examples import Dataset, Example
 from qwen_bridge.vqa.images import ImageFolders, MissingImageError
@@ -75,7 +76,8 @@ class RunEncoder:
             raise InputError(f"{path}: there is no such file; train in {workdir} first") from None
         except ValueError as error:
             raise InputError(f"{path} is damaged ({error}); train there again") from None
-        settings = {**run["worker"], "device": device}
+        worker = run["worker"]
+        settings = {**worker, "device": device, "model": resolve_model(worker["model"])}
         folder = pathlib.Path(run["embeddings_dir"])
         return cls(open_dataset(settings["dataset"]), settings, folder)
 

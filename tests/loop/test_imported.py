@@ -70,7 +70,7 @@ def test_a_query_brings_its_own_pool(make_world, tmp_path):
     queries[1001][1][0]["pointer"] = [int(i) for i in queries[1001][1][0]["pointer"]]
     data = fitted(world, tmp_path, queries)
     assert data.left_out == {}
-    own = pooled(data, world.queries, world.bank.ids)
+    own = pooled(data, world.queries, world.bank)
     assert own.query_ids.tolist() == [1004, 1001]
     assert own.pool_ids[0].tolist() == [5, 3, 30, -1, -1, -1, -1, -1]
     assert own.pool_ids[1].tolist() == world.queries.pool_ids[1].tolist()
@@ -158,7 +158,7 @@ def test_failures_and_repeats_are_counted_and_never_trained_on(make_world, tmp_p
         "pointers that are there twice": 1,
         "pointers that could not be evaluated": 1,
     }
-    own = pooled(data, world.queries, world.bank.ids)
+    own = pooled(data, world.queries, world.bank)
     groups = imported_groups(data, own, REWARD)
     assert groups.pointers[0][groups.mask[0]].tolist() == [[0, 1], [2, 1]]
     nothing = fitted(world, tmp_path, {1001: ([1, 2], [one(1, 2, eval_failed=True)])})
@@ -170,7 +170,7 @@ def test_a_reward_that_needs_what_is_missing_is_refused(make_world, tmp_path):
     with_both = one(1, 2, vqa_acc_score=1.0, vqa_gt_prob=0.5)
     pointers = [with_both, one(2, 1, vqa_acc_score=0.3), one(1, 3, vqa_gt_prob=0.4)]
     data = fitted(world, tmp_path, {1001: ([1, 2, 3], pointers)})
-    own = pooled(data, world.queries, world.bank.ids)
+    own = pooled(data, world.queries, world.bank)
     with pytest.raises(InputError, match="--reward_mode=hard01_plus_gtprob: 1 of 2 imported"):
         imported_groups(data, own, RewardConfig())
     groups = imported_groups(data, own, REWARD)  # The third was never answered.
@@ -180,15 +180,15 @@ def test_a_reward_that_needs_what_is_missing_is_refused(make_world, tmp_path):
     assert imported_groups(data, own, shaped).rewards[groups.mask].tolist() == [2.0, 2.0]
     wrong = fitted(world, tmp_path, {1001: ([1, 2], [one(1, 2, vqa_acc_score=0)])})
     with pytest.raises(InputError, match=r"1 of 1 .* not the gt_prob and similarity"):
-        imported_groups(wrong, pooled(wrong, world.queries, world.bank.ids), shaped)
+        imported_groups(wrong, pooled(wrong, world.queries, world.bank), shaped)
     beams = fitted(world, tmp_path, {1001: ([1, 2], [one(1, 2, beam_score=1)])})
     with pytest.raises(InputError, match="no imported pointer has a vqa_acc_score"):
-        imported_groups(beams, pooled(beams, world.queries, world.bank.ids), REWARD)
+        imported_groups(beams, pooled(beams, world.queries, world.bank), REWARD)
 
 
 def targets(world, tmp_path, pointers, count=2):
     data = fitted(world, tmp_path, {1001: ([1, 2, 3], pointers)})
-    groups = imported_targets(data, pooled(data, world.queries, world.bank.ids), count)
+    groups = imported_targets(data, pooled(data, world.queries, world.bank), count)
     found = groups.pointers[groups.mask].tolist(), groups.rewards[groups.mask].tolist()
     return sorted(zip(*found, strict=True))
 
@@ -236,7 +236,7 @@ def test_joined_groups_show_each_query_its_own_demonstrations(make_world, tmp_pa
     sets = []
     for queries in made:
         data = fitted(world, tmp_path, queries)
-        own = pooled(data, world.queries, world.bank.ids)
+        own = pooled(data, world.queries, world.bank)
         sets.append((imported_groups(data, own, REWARD), own.table))
     groups, table = join(*sets)
     query, pool = table.read(groups.query_rows)

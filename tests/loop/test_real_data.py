@@ -241,7 +241,7 @@ def test_a_run_grows_in_its_workdir_but_for_its_bank(forced, train):
     before, _ = stored(workdir)
     more = train(workdir, f"--num_queries={NUM_QUERIES + 4}", f"--num_eval={NUM_EVAL + 3}")
     printed = finish(more)
-    assert f"mine_2_shots 4/4 queries: {4 * 8} in" in printed
+    assert f"mining 4/4 queries: {4 * 8} in" in printed
     assert read(workdir, "health.json")["queries"] == NUM_QUERIES + 4
     assert read(workdir, "eval.json")["n"] == NUM_EVAL + 3
     records, twice = stored(workdir)

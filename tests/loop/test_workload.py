@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from experiments.workload import RunConfig, mining_phases, search_levels, training_phases
+from lever_jax.decoding import DECODINGS
 from lever_jax.evaluation import EvaluationConfig, answer_picks, evaluate
 from lever_jax.mining import MiningConfig, RewardConfig, mine, on_policy_round
 from lever_jax.search import search_pools
@@ -51,6 +52,9 @@ class RandomProposer:
         every = np.array(list(itertools.permutations(range(self._pool), shots)))
         return self._rollouts(self._rng.choice(every, (len(rows), num)).astype(np.int32))
 
+    def beam(self, params, rows, *, width, shots):
+        return self.mixture(params, None, rows, num=width, shots=shots)
+
     def greedy(self, params, rows, *, shots):
         return self.on_policy(params, None, rows, num=1, shots=shots).pointers[:, 0]
 
@@ -84,11 +88,13 @@ def run_phases(world, run):
 
     if run.warmup_queries:
         rows = np.arange(run.warmup_queries)
-        search_pools(queries, rows, service, shots=run.shots, beam=run.warmup_beam, label="warm-up")
+        search = {"beam": run.warmup_beam, "construction": run.construction}
+        search["score"] = "gain" if run.gain else "gt_prob"
+        search_pools(queries, rows, service, shots=run.shots, label="warm-up", **search)
         yield "warm-up search", meter.read()
     mine("mine", queries, proposer, None, key, service, run.mining, shots=run.shots)
     yield "mining", meter.read()
-    yield picks("warm-up" if run.warmup_queries else "the start")
+    yield picks("warm-up" if run.warms_up else "the start")
     yield picks("RCE")
     for _ in range(run.grpo_epochs):
         on_policy_round(
@@ -114,11 +120,12 @@ def run_phases(world, run):
     "changes",
     [
         {},
-        {"warmup_queries": 0},
+        {"construction": "left", "gain": True},
+        {"warmup_queries": 0, "warms_up": False},
         {"grpo_epochs": 0},
         {"verify": "top_m", "mining": dataclasses.replace(MINING, verify_best=2, verify_low=1)},
     ],
-    ids=["all", "no warm-up", "no GRPO", "top_m"],
+    ids=["all", "left, gain", "no warm-up", "no GRPO", "top_m"],
 )
 @pytest.mark.parametrize("shots", [2, 3])
 def test_counts_of_a_run(make_world, changes, shots):
@@ -140,8 +147,10 @@ def test_counts_of_a_run(make_world, changes, shots):
     assert seen == {*planned, "mining"}
 
 
-def test_counts_of_an_evaluation(make_world):
-    run = run_config(3, warmup_queries=0)
+@pytest.mark.parametrize("decodings", [("greedy",), DECODINGS])
+def test_counts_of_an_evaluation(make_world, decodings):
+    evaluation = dataclasses.replace(run_config(3).evaluation, decodings=decodings)
+    run = run_config(3, warms_up=False, warmup_queries=0, evaluation=evaluation)
     planned = training_phases(run)[-1]
     world = make_world()
     parts = {"image": (0, 6), "question": (6, 10), "answer": (10, 14)}
@@ -155,8 +164,8 @@ def test_counts_of_an_evaluation(make_world):
 
 
 def test_the_main_job_on_the_embedded_world():
-    # `make train` before reversed similarities asked for 136,377 prompts, scored 82,942 and
-    # generated 10,080: mining asks for up to four uniform answers a query.
+    # `make train` asked for 134,700 prompts, scored 82,967 and generated 9,033 before similarities
+    # were reversed, which asks 20 more a query.
     run = RunConfig(
         600, 400, 32, 2, 150, 6, MiningConfig(), 5, 8, "all", EvaluationConfig(shots=(1, 2))
     )
@@ -164,9 +173,9 @@ def test_the_main_job_on_the_embedded_world():
     assert [sum(p.asked[i] for p in phases) for i in (0, 1)] == [142_700, 145_100]
     low, high = (sum(p.scored[i] for p in phases) for i in (0, 1))
     assert low <= 82_967 <= high
-    # The middle of the bounds is 3% off, each bound about a fifth.
+    # The middle of the bounds is 3% off, each bound about a quarter at most.
     assert (low + high) / 2 == pytest.approx(82_967, rel=0.05)
-    assert (low, high) == (pytest.approx(82_967, rel=0.25),) * 2
+    assert (low, high) == (pytest.approx(82_967, rel=0.3),) * 2
     assert sum(p.answered for p in phases) >= 9_033
 
 
