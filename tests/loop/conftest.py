@@ -1,6 +1,7 @@
-"""Makes small worlds and closes their stores."""
+"""Small worlds whose stores are closed, and a finished small run of the main job."""
 
 import pytest
+from main_job import ROOT, SMALL, run
 from small_world import World
 
 
@@ -15,3 +16,13 @@ def make_world(tmp_path):
     yield make
     for world in worlds:
         world.store.close()
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory):
+    """A finished small run: its workdir, its flags, and what it printed."""
+    workdir = tmp_path_factory.mktemp("run")
+    flags = (f"--flagfile={ROOT / 'grpo.flags'}", f"--workdir={workdir}", *SMALL)
+    first = run("train", *flags)
+    assert first.returncode == 0, first.stdout + first.stderr
+    return workdir, flags, first.stdout

@@ -2,40 +2,12 @@
 
 import collections
 import json
-import pathlib
-import subprocess
-import sys
 
 import pytest
+from main_job import run
 
 from lever_jax import checkpoint
 from lever_jax.store import Store
-
-ROOT = pathlib.Path(__file__).parents[2]
-SMALL = (
-    "--num_queries=40 --num_eval=30 --bank_size=200 --pool_size=12 --warmup_queries=15 "
-    "--warmup_beam=3 --warmup_epochs=4 --proposals=24 --quotas=beam:6,sample:8,retrieval:2 "
-    "--verify_best=4 --verify_low=3 --rce_epochs=4 --grpo_epochs=1 --grpo_queries=20 "
-    "--verify_uniform=3 --group_size=4 --batch_queries=10 --oracle_beam=3 --random_seeds=1 "
-    "--force_grpo"
-).split()
-
-
-def run(entry, *flags, timeout=400):
-    command = [sys.executable, "-m", f"experiments.{entry}", *flags]
-    return subprocess.run(
-        command, cwd=ROOT, capture_output=True, text=True, timeout=timeout, check=False
-    )
-
-
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory):
-    """A finished small run, and what it printed."""
-    workdir = tmp_path_factory.mktemp("run")
-    flags = (f"--flagfile={ROOT / 'grpo.flags'}", f"--workdir={workdir}", *SMALL)
-    first = run("train", *flags)
-    assert first.returncode == 0, first.stdout + first.stderr
-    return workdir, flags, first.stdout
 
 
 def metrics(workdir):
