@@ -61,7 +61,7 @@ def assumptions(plan: dict[str, Any]) -> list[str]:
         f"(--plan_certified), {assumed['bandwidth_share']:.0%} of memory bandwidth while decoding, "
         "prefixes kept within a query's batch only, an image encoded once a phase",
         *(f"assumed: {line}" for line in assumed["notes"]),
-        "checked: prompts against runs of the embedded world (asked exact, scored within the "
+        "checked: prompts against runs of the embedded world (asked and scored within the "
         "bounds, generated less than half), operations against those counted by torch; the hours "
         "against no GPU yet",
     ]

@@ -31,7 +31,7 @@ RUN_FILE = "run.json"
 PHASES = ("grpo", "rce", "warmup")
 # A new query has no id of the data set's; no demonstration has this one.
 _NEW = -1
-# Queries of one call: always as many, so that a pick is bit-equal alone and in a batch.
+# Queries of one call: always as many, so that one compilation serves any number.
 _BATCH = 8
 
 

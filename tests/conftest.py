@@ -1,9 +1,25 @@
-"""The real data that some tests use, and a checkpoint with Qwen2.5-VL's real vocabulary."""
+"""The real data that some tests use, and a checkpoint with Qwen2.5-VL's real vocabulary.
 
+Most of the suite's time would go into compiling small programs that run for milliseconds. So XLA
+compiles without optimising, and processes that compile the same program share the result.
+"""
+
+import atexit
+import os
 import pathlib
+import shutil
+import tempfile
 
 import pytest
 from random_qwen import write_checkpoint
+
+# Before anything imports jax; the processes that tests start inherit it.
+os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
+if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+    _CACHE = tempfile.mkdtemp(prefix="lever_xla_")
+    atexit.register(shutil.rmtree, _CACHE, ignore_errors=True)
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = _CACHE
+    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.2"
 
 SHARED = pathlib.Path(__file__).parents[2] / "shared" / "data"
 

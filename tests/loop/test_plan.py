@@ -131,7 +131,7 @@ def test_the_plain_scorer_costs_many_times_as_much():
 
 def test_the_main_job():
     document = plan(f"--flagfile={ROOT / 'grpo.flags'}")
-    assert document["total"]["asked"] == [134_700, 134_700]
+    assert document["total"]["asked"] == [142_700, 145_100]
     assert document["prompt"]["image"] == 1
     assert document["assumptions"]["bank"] == 1600
 
