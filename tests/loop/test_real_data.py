@@ -68,6 +68,10 @@ def scorers(mini, random_qwen):
         "gt_prob": "product",
         "max_new_tokens": 3,
         "cache_mib": 64,
+        "vision_cache_mib": 64,
+        "adapter": "",
+        "encoder": "qwen",
+        "encoder_model": "",
         "batch_tokens": 4096,
     }  # fmt: skip
     return [workers.build({**settings, "scorer": name})[0] for name in ("trie", "reference")]
