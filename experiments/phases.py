@@ -61,6 +61,7 @@ def fresh(session: Session) -> Trained:
         "pools": dataclasses.asdict(settings.pool_config()),
         "parts": {name: list(span) for name, span in session.parts.items()},
         "identity": session.identity,
+        "encoder": session.encoder,
         "seed": settings.SEED.value,
         "shots": settings.train_shots(settings.evaluated_shots()),
     }
@@ -309,6 +310,7 @@ def _save(session: Session, name: str, trained: Trained) -> Trained:
         "parts": {part: list(span) for part, span in session.parts.items()},
         "embedding_dim": session.environment.hello["embedding_dim"],
         "identity": session.identity,
+        "encoder": session.encoder,
         "flags": settings.own_flags(),
         "code": VERSION,
     }

@@ -16,8 +16,12 @@ from lever_jax.scoring import ScoringService
 from lever_jax.selector import make_selector
 from lever_jax.store import Store
 from qwen_bridge.client import Environment
+from qwen_bridge.embedding_cache import EmbeddingCache
 from qwen_bridge.vqa.examples import Dataset
 from qwen_bridge.vqa.sources import open_dataset
+
+# What the workers say of embeddings, which decides no score.
+_EMBEDDING = frozenset({"embedding_dim", "parts", "encoder"})
 
 
 @dataclasses.dataclass
@@ -34,6 +38,7 @@ class Session:
       init: key to fresh parameters of the selector.
       policy: the selector.
       identity: what decides scores: fingerprints of model, prompts, generation, data, metric.
+      encoder: what decides embeddings, and so pools; scores do not depend on it.
     """
 
     workdir: pathlib.Path
@@ -45,6 +50,7 @@ class Session:
     init: object
     policy: object
     identity: dict[str, str]
+    encoder: str
 
     @property
     def store(self) -> Store:
@@ -100,31 +106,51 @@ def open_session(workdir: pathlib.Path) -> Iterator[Session]:
             )
         )
         hello = environment.hello
-        identity = {k: v for k, v in hello.items() if k not in ("embedding_dim", "parts")}
+        identity = {k: v for k, v in hello.items() if k not in _EMBEDDING}
         if identity["dataset"] != dataset.fingerprint:
             raise InputError("the worker reads other data than the driver; are the files changing?")
         store = stack.enter_context(Store.open(workdir / "store.sqlite", identity))
         batched = BatchedEnvironment(environment, settings.SCORE_BATCH.value)
         service = ScoringService(store, batched, bar)
-        bank = _embed(environment, "bank", dataset.bank, "embed the bank")
-        pooled = [
-            pool_queries(
-                _embed(environment, "query", examples, f"embed {name} queries"),
-                bank,
-                hello["parts"],
-                settings.pool_config(),
-                store,
-            )
-            for name, examples in (("training", dataset.train), ("evaluation", dataset.eval))
-        ]
+        bank, *queries = _embeddings(environment, dataset)
+        config = settings.pool_config()
+        pooled = [pool_queries(each, bank, hello["parts"], config, store) for each in queries]
         init, policy = make_selector(
             settings.selector_config(), hello["parts"], hello["embedding_dim"]
         )
-        yield Session(workdir, dataset, environment, service, *pooled, init, policy, identity)
+        yield Session(
+            workdir,
+            dataset,
+            environment,
+            service,
+            *pooled,
+            init,
+            policy,
+            identity,
+            hello["encoder"],
+        )
 
 
-def _embed(environment: Environment, kind: str, examples, label: str) -> Embedded:
-    ids = np.array([example.id for example in examples], np.int64)
-    with bar(label, len(ids)) as advance:
-        embeddings = environment.embed(kind, ids, lambda rows, _: advance(len(rows)))
-    return Embedded(ids, tuple(example.image for example in examples), embeddings)
+def _embeddings(environment: Environment, dataset: Dataset) -> list[Embedded]:
+    """Embeddings of bank, training and evaluation queries, through the cache on disk."""
+    groups = (
+        ("bank", dataset.bank, "embed the bank"),
+        ("query", dataset.train, "embed training queries"),
+        ("query", dataset.eval, "embed evaluation queries"),
+    )
+    folder = settings.embeddings_dir()
+    with EmbeddingCache(folder, environment, dataset, bar) as cache:
+        embedded = [
+            Embedded(
+                np.array([example.id for example in examples], np.int64),
+                tuple(example.image for example in examples),
+                cache.embed(kind, examples, label),
+            )
+            for kind, examples, label in groups
+        ]
+    damaged = f", of these {cache.counts.damaged:,} again, as their checksums were wrong"
+    note(
+        f"embeddings: {cache.counts.read:,} images and texts read from {folder}, "
+        f"{cache.counts.computed:,} computed{damaged if cache.counts.damaged else ''}"
+    )
+    return embedded

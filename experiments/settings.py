@@ -93,11 +93,23 @@ BATCH_TOKENS = flags.DEFINE_integer(
 CACHE_MIB = flags.DEFINE_integer(
     "cache_mib", 1024, "Memory of cached prompt prefixes, MiB.", lower_bound=0
 )
+VISION_CACHE_MIB = flags.DEFINE_integer(
+    "vision_cache_mib", 2048, "Memory of cached image features, MiB.", lower_bound=0
+)
 DEADLINE_S = flags.DEFINE_float(
     "deadline_s", 600.0, "A request that takes longer has hung.", lower_bound=0.001
 )
 
-# --- pools and selector -----------------------------------------------------------------------
+# --- embeddings, pools and selector -----------------------------------------------------------
+ENCODER = flags.DEFINE_enum(
+    "encoder", "qwen", ("qwen", "clip", "siglip"), "Embeds examples; qwen is the VLM itself."
+)
+ENCODER_MODEL = flags.DEFINE_string(
+    "encoder_model", "", "Local folder of the CLIP or SigLIP checkpoint."
+)
+EMBEDDINGS_DIR = flags.DEFINE_string(
+    "embeddings_dir", "", "Folder of cached embeddings, for any number of runs; WORKDIR/embeddings."
+)
 POOL_SIZE = flags.DEFINE_integer("pool_size", 32, "K, candidates of a query.", lower_bound=1)
 IMAGE_WEIGHT = flags.DEFINE_float(
     "image_weight", 1.0, "Weight of image similarity, >= 0.", lower_bound=0.0
@@ -330,6 +342,7 @@ def check() -> None:
     for make in (
         evaluation_config,
         worker_settings,
+        embeddings_dir,
         pool_config,
         selector_config,
         mining_config,
@@ -389,6 +402,14 @@ def dataset_settings() -> dict:
 
 def worker_settings() -> dict:
     """What a worker is built from."""
+    encoder, folder = ENCODER.value, ENCODER_MODEL.value
+    if (encoder == "qwen") == bool(folder):
+        raise InputError(
+            f"--encoder={encoder} uses the VLM itself; leave --encoder_model={folder} out, or "
+            "give --encoder=clip or siglip"
+            if folder
+            else f"--encoder={encoder} needs --encoder_model, a local {encoder} checkpoint folder"
+        )
     return {
         "dataset": dataset_settings(),
         "model": MODEL.value,
@@ -402,9 +423,21 @@ def worker_settings() -> dict:
         "answer_weight": ANSWER_WEIGHT.value,
         "gt_prob": GT_PROB.value,
         "max_new_tokens": MAX_NEW_TOKENS.value,
+        "encoder": ENCODER.value,
+        "encoder_model": ENCODER_MODEL.value,
         "cache_mib": CACHE_MIB.value,
+        "vision_cache_mib": VISION_CACHE_MIB.value,
         "batch_tokens": BATCH_TOKENS.value,
     }
+
+
+def embeddings_dir() -> pathlib.Path:
+    """Where embeddings are cached."""
+    given = EMBEDDINGS_DIR.value
+    folder = pathlib.Path(given) if given else pathlib.Path(WORKDIR.value) / "embeddings"
+    if folder.exists() and not folder.is_dir():
+        raise InputError(f"--embeddings_dir={folder} is a file; give a folder")
+    return folder
 
 
 def pool_config() -> PoolConfig:

@@ -48,7 +48,7 @@ class Embedded:
     Attributes:
       ids: int64 [N] the dataset's ids.
       images: N image keys.
-      embeddings: float32 [N, D].
+      embeddings: float32 [N, D], an array or what is indexed like one (`qwen_bridge.gathered`).
     """
 
     ids: np.ndarray

@@ -271,7 +271,7 @@ class Store(StoreFile):
                     raise StoreError(
                         f"{self.path} has another candidate pool for query {row[0]}; a query has "
                         "one pool in mining, training and evaluation: use another --workdir for "
-                        "other --pool_size or retrieval settings"
+                        "another --encoder or --pool_size, or for other retrieval settings"
                     )
             self._insert_new("pools", new, "query_id")
 

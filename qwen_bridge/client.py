@@ -144,7 +144,8 @@ class Environment:
         """[N, D] float32 embeddings of demonstrations ("bank") or queries ("query").
 
         Args:
-          kind: "bank" or "query".
+          kind: "bank" or "query"; "bank:image" and the like compute the image part or the text
+            parts only, and leave the other columns zero.
           ids: [N] ids of the dataset.
           on_batch: as in `score`, with [rows, D] embeddings.
           batch_size: most ids in one request.

@@ -1,95 +1,100 @@
-"""Embeddings from the VLM itself: an image part, a question part and an answer part.
+"""Embeddings of examples: an image part, a question part and an answer part.
 
-The image part is the mean over patches before the merger (in the embedded world it still tells
-the border's colour, which the merged token no longer does); text parts are means over tokens of
-the language model's hidden states half-way up. A query's answer part is zero: its answers are
-not known to a selector.
+An *encoder* says what an image and what a text is worth; `Embedder` lays its vectors out as
+parts. A query's answer part is zero: its answers are not known to a selector. `QwenEncoder` is
+the VLM itself; CLIP and SigLIP are in `encoders.py`.
 """
+
+import abc
+import hashlib
+from collections.abc import Sequence
 
 import numpy as np
 import torch
 
 from qwen_bridge.errors import InputError
 from qwen_bridge.prompts import PromptBuilder, PromptError
+from qwen_bridge.recent import RecentlyUsed
 from qwen_bridge.vision import VisionCache
+from qwen_bridge.vqa.examples import Example
+
+# Raise when any encoder gives other vectors for the same input: cached ones are then not read.
+EMBEDDING_VERSION = 1
+
+_ANSWERS_BYTES = 64 << 20  # embedded answers, which the same query asks for again and again
 
 
-class Embedder:
-    """Embeds examples and texts.
+class Encoder(abc.ABC):
+    """Turns images and texts into vectors.
+
+    Attributes:
+      image_dim: width of an image's vector.
+      text_dim: width of a text's vector.
+      fingerprint: changes whenever the same input could give another vector.
+    """
+
+    image_dim: int
+    text_dim: int
+    fingerprint: str
+
+    @abc.abstractmethod
+    def images(self, keys: Sequence[str]) -> np.ndarray:
+        """Returns float32 `[N, image_dim]` of image keys.
+
+        Raises:
+          InputError: an image cannot be read; names the file.
+        """
+
+    @abc.abstractmethod
+    def texts(self, texts: Sequence[str]) -> np.ndarray:
+        """Returns float32 `[N, text_dim]`.
+
+        Raises:
+          PromptError: a text cannot be embedded.
+        """
+
+
+class QwenEncoder(Encoder):
+    """Qwen2.5-VL as an encoder, so that no second model is needed.
+
+    An image is the mean over patches before the merger (in the embedded world it still tells the
+    border's colour, which the merged token no longer does); a text is the mean over tokens of the
+    language model's hidden states half-way up.
 
     Args:
       model: the Qwen2.5-VL network.
       builder: tokenises text.
-      vision: cache of image features.
+      vision: reads images and runs the vision tower.
+      fingerprint: of the checkpoint, its data type and its image processor.
       batch: texts a forward pass holds.
     """
 
-    def __init__(self, model, builder: PromptBuilder, vision: VisionCache, batch: int = 256):
+    def __init__(
+        self,
+        model,
+        builder: PromptBuilder,
+        vision: VisionCache,
+        fingerprint: str,
+        batch: int = 256,
+    ):
         self._model, self._builder, self._vision, self._batch = model, builder, vision, batch
-        image = model.config.vision_config.hidden_size
-        text = model.config.text_config.hidden_size
-        self.parts = {
-            "image": (0, image),
-            "question": (image, image + text),
-            "answer": (image + text, image + 2 * text),
-        }
-        self.dim = image + 2 * text
+        self.image_dim = model.config.vision_config.hidden_size
+        self.text_dim = model.config.text_config.hidden_size
         self._layer = (model.config.text_config.num_hidden_layers + 1) // 2
-        self._texts: dict[str, np.ndarray] = {}
+        self.fingerprint = encoder_fingerprint("qwen", fingerprint)
 
-    def embed(self, examples, kind: str) -> np.ndarray:
-        """Embeds examples.
+    def images(self, keys: Sequence[str]) -> np.ndarray:
+        """See `Encoder.images`."""
+        return self._vision.means(keys)
 
-        Args:
-          examples: `N` of them.
-          kind: `bank` shows the answer, `query` leaves its part zero.
-
-        Returns:
-          float32 `[N, dim]`; columns as `parts` says.
-
-        Raises:
-          InputError: an image cannot be read, or a text holds a special token.
-        """
-        try:
-            return self._embed(examples, kind)
-        except PromptError as error:
-            raise InputError(f"{error}; change the text or leave the example out") from error
-
-    def _embed(self, examples, kind: str) -> np.ndarray:
-        out = np.zeros((len(examples), self.dim), np.float32)
-        features, failed = self._vision.fetch([example.image for example in examples])
-        if failed:
-            raise InputError(f"{next(iter(failed.values()))}; mend the file or leave it out")
-        low, high = self.parts["image"]
-        out[:, low:high] = [features[example.image].mean for example in examples]
-        low, high = self.parts["question"]
-        out[:, low:high] = self.texts([example.question for example in examples])
-        if kind == "bank":
-            low, high = self.parts["answer"]
-            out[:, low:high] = self.texts([example.answer for example in examples])
-        return out
-
-    def similarity(self, text: str, answers) -> float:
-        """Best cosine between a predicted answer and the ground truths, in [-1, 1]; 0 if empty."""
-        answers = [answer for answer in dict.fromkeys(answers) if answer.strip()]
-        if not text or not answers:
-            return 0.0
-        predicted, *truths = self.texts([text, *answers]).astype(np.float64)
-        truths = np.stack(truths)
-        norms = np.linalg.norm(truths, axis=1) * np.linalg.norm(predicted)
-        return float(np.max(truths @ predicted / np.maximum(norms, 1e-12)))
-
-    def texts(self, texts) -> np.ndarray:
-        """Returns float32 `[N, hidden]` embeddings of non-empty texts, each computed once."""
-        missing = [text for text in dict.fromkeys(texts) if text not in self._texts]
-        for start in range(0, len(missing), self._batch):
-            self._run(missing[start : start + self._batch])
-        return np.stack([self._texts[text] for text in texts])
+    def texts(self, texts: Sequence[str]) -> np.ndarray:
+        """See `Encoder.texts`; raises where a text holds a special token."""
+        tokens = [self._builder.text(text) or (self._builder.end_of_turn,) for text in texts]
+        return in_batches(self._run, tokens, self.text_dim, self._batch)
 
     @torch.inference_mode()
-    def _run(self, texts) -> None:
-        tokens = [self._builder.text(text) or (self._builder.end_of_turn,) for text in texts]
-        ids = torch.full((len(texts), max(map(len, tokens))), self._builder.end_of_turn)
+    def _run(self, tokens: list[tuple[int, ...]]) -> np.ndarray:
+        ids = torch.full((len(tokens), max(map(len, tokens))), self._builder.end_of_turn)
         inside = torch.zeros(ids.shape)
         for i, row in enumerate(tokens):
             ids[i, : len(row)] = torch.tensor(row)
@@ -100,4 +105,113 @@ class Embedder:
         ).hidden_states[self._layer]
         inside = inside.to(states.device)
         means = (states.float() * inside[..., None]).sum(1) / inside.sum(1, keepdim=True)
-        self._texts.update(zip(texts, means.cpu().numpy()))
+        return means.cpu().numpy()
+
+
+class Embedder:
+    """Embeds examples, and judges how alike answers are.
+
+    Args:
+      encoder: of images and texts.
+      judge: encoder of the similarity of answers. That is part of the reward, so it is the VLM's
+        own whatever encoder chooses the pools.
+
+    Attributes:
+      parts: column range of each part.
+      dim: columns of all of them.
+    """
+
+    def __init__(self, encoder: Encoder, judge: Encoder):
+        self.encoder, self._judge = encoder, judge
+        image, text = encoder.image_dim, encoder.text_dim
+        self.parts = {
+            "image": (0, image),
+            "question": (image, image + text),
+            "answer": (image + text, image + 2 * text),
+        }
+        self.dim = image + 2 * text
+        self._answers = RecentlyUsed(_ANSWERS_BYTES)
+
+    def embed(self, examples: Sequence[Example], kind: str) -> np.ndarray:
+        """Embeds examples.
+
+        Args:
+          examples: `N` of them.
+          kind: `bank` shows the answer, `query` leaves its part zero. With `:image` or `:text`
+            after it, only the image part or only the text parts are computed, and the rest is
+            zero.
+
+        Returns:
+          float32 `[N, dim]`; columns as `parts` says.
+
+        Raises:
+          InputError: an image cannot be read, or a text holds a special token.
+        """
+        split, _, only = kind.partition(":")
+        out = np.zeros((len(examples), self.dim), np.float32)
+        if only != "text":
+            self._fill(out, "image", self.encoder.images([e.image for e in examples]))
+        if only != "image":
+            questions = [example.question for example in examples]
+            answers = [example.answer for example in examples] if split == "bank" else []
+            try:
+                texts = self._unique_texts([*questions, *answers])
+            except PromptError as error:
+                raise InputError(f"{error}; change the text or leave the example out") from error
+            self._fill(out, "question", texts[: len(questions)])
+            if answers:
+                self._fill(out, "answer", texts[len(questions) :])
+        return out
+
+    def similarity(self, text: str, answers: Sequence[str]) -> float:
+        """Best cosine between a predicted answer and the ground truths, in [-1, 1]; 0 if empty."""
+        answers = [answer for answer in dict.fromkeys(answers) if answer.strip()]
+        if not text or not answers:
+            return 0.0
+        predicted, *truths = self._judged([text, *answers]).astype(np.float64)
+        truths = np.stack(truths)
+        norms = np.linalg.norm(truths, axis=1) * np.linalg.norm(predicted)
+        return float(np.max(truths @ predicted / np.maximum(norms, 1e-12)))
+
+    def _fill(self, out: np.ndarray, part: str, vectors: np.ndarray) -> None:
+        low, high = self.parts[part]
+        out[:, low:high] = vectors
+
+    def _unique_texts(self, texts: list[str]) -> np.ndarray:
+        row_of = {text: row for row, text in enumerate(dict.fromkeys(texts))}
+        return self.encoder.texts(list(row_of))[[row_of[text] for text in texts]]
+
+    def _judged(self, texts: list[str]) -> np.ndarray:
+        vectors = {text: self._answers.get(text) for text in dict.fromkeys(texts)}
+        missing = [text for text, vector in vectors.items() if vector is None]
+        if missing:
+            for text, vector in zip(missing, self._judge.texts(missing)):
+                vectors[text] = vector
+                self._answers.put(text, vector, vector.nbytes)
+        return np.stack([vectors[text] for text in texts])
+
+
+def in_batches(run, items: Sequence, width: int, batch: int) -> np.ndarray:
+    """Runs `items` longest first in batches, so that little is padding.
+
+    Args:
+      run: takes a list of at most `batch` items, returns float32 `[n, width]`.
+      items: `N` of them, each with a length.
+      width: columns.
+      batch: items of a pass.
+
+    Returns:
+      float32 `[N, width]` in the caller's order.
+    """
+    out = np.empty((len(items), width), np.float32)
+    order = sorted(range(len(items)), key=lambda i: -len(items[i]))
+    for first in range(0, len(order), batch):
+        rows = order[first : first + batch]
+        out[rows] = run([items[i] for i in rows])
+    return out
+
+
+def encoder_fingerprint(*facts: str) -> str:
+    """Identifies an encoder by its kind and its weights, and by the code's version."""
+    text = "\0".join((str(EMBEDDING_VERSION), *facts))
+    return hashlib.sha256(text.encode()).hexdigest()[:16]

@@ -100,7 +100,7 @@ class Request:
       slot: where the prompts lie and the result shall.
       rows: how many prompts.
       shots: columns of the pointers; 0 for embed.
-      kind: "bank" or "query" for embed, else "".
+      kind: one of `KINDS` for embed, else "".
     """
 
     tag: ClassVar[str] = "request"

@@ -13,7 +13,8 @@ from typing import NamedTuple
 import numpy as np
 
 VERBS = ("embed", "score", "answer")
-KINDS = ("bank", "query")
+# What `embed` embeds: all parts, or the image or the texts only.
+KINDS = tuple(f"{split}{only}" for split in ("bank", "query") for only in ("", ":image", ":text"))
 
 # What is said of an answer, besides its text.
 JUDGED = ("accuracy", "accuracy_official", "confidence", "similarity")

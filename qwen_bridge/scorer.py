@@ -135,7 +135,8 @@ class PromptScorer(abc.ABC):
 
     def embed(self, kind: str, ids: np.ndarray) -> np.ndarray:
         """Embeds examples, see `Embedder.embed`."""
-        return self.embedder.embed([self.dataset.example(kind, int(i)) for i in ids], kind)
+        split, _, _ = kind.partition(":")
+        return self.embedder.embed([self.dataset.example(split, int(i)) for i in ids], kind)
 
     def score(self, queries: np.ndarray, pointers: np.ndarray) -> ScoreBatch:
         """Scores prompts without generating.
@@ -188,10 +189,10 @@ class PromptScorer(abc.ABC):
                 )
             except InputError as error:
                 reasons[row] = str(error)
-        self.factory.prefetch([e for q, shots in shown.values() for e in (q, *shots)])
+        images = self.factory.images([e for q, shots in shown.values() for e in (q, *shots)])
         for row, (query, demonstrations) in shown.items():
             try:
-                segments = self.factory.prompt(demonstrations, query)
+                segments = self.factory.prompt(demonstrations, query, images)
                 branches = self._branches_of(query)
                 self._check_length(segments, branches)
             except PromptError as error:

@@ -1,11 +1,14 @@
-"""The vision tower: pixels to features, each image once.
+"""The vision tower: pixels to features, many images in one pass.
 
 Transformers runs SDPA attention over windows in a Python loop; here windows of equal length are
-one batch, which is the same arithmetic. Features are cached by image key in memory.
+one batch, which is the same arithmetic. Features of images in use are kept under a byte budget.
 """
 
 import collections
 import itertools
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import numpy as np
 import torch
@@ -13,6 +16,7 @@ from torch import nn
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import apply_rotary_pos_emb_vision
 
 from qwen_bridge.errors import InputError
+from qwen_bridge.recent import RecentlyUsed
 
 
 class EqualWindowAttention(nn.Module):
@@ -71,52 +75,110 @@ class VisionFeatures:
     Attributes:
       tokens: `[h * w, hidden]` merged tokens, as they enter the language model.
       grid: (h, w) in merged tokens.
-      mean: `[vision_hidden]` mean over patches before the merger, float32, for retrieval.
     """
 
-    __slots__ = ("grid", "mean", "tokens")
+    __slots__ = ("grid", "tokens")
 
-    def __init__(self, tokens, grid, mean):
-        self.tokens, self.grid, self.mean = tokens, grid, mean
+    def __init__(self, tokens: torch.Tensor, grid: tuple[int, int]):
+        self.tokens, self.grid = tokens, grid
+
+    @property
+    def bytes(self) -> int:
+        """Memory of the tokens."""
+        return self.tokens.numel() * self.tokens.element_size()
+
+
+def read_images(
+    keys: Sequence[str], read: Callable[[str], Any]
+) -> Iterator[tuple[str, Any, str | None]]:
+    """Reads images on as many threads as torch may use, a few ahead of the consumer.
+
+    Args:
+      keys: image keys.
+      read: reads one; pictures are decoded and scaled outside Python's lock.
+
+    Yields:
+      (key, what `read` returned, None), or (key, None, the reason) where it cannot be read.
+    """
+
+    def attempt(key: str) -> tuple[str, Any, str | None]:
+        try:
+            return key, read(key), None
+        except InputError as error:  # Names the file and the mend.
+            return key, None, f"image {key}: {error}"
+        except (OSError, ValueError) as error:
+            return key, None, f"image {key}: {error}; mend the file or leave it out"
+
+    threads = torch.get_num_threads()
+    ahead = 4 * threads
+    with ThreadPoolExecutor(threads) as pool:
+        for first in range(0, len(keys), ahead):
+            yield from pool.map(attempt, keys[first : first + ahead])
 
 
 class VisionCache:
-    """Runs each image through the vision tower once.
+    """Runs images through the vision tower, and keeps what it said of those used last.
 
     Args:
       visual: the model's vision tower.
       image_processor: `Qwen2VLImageProcessorPil`.
       load_image: image key to PIL image.
-      batch_patches: patches a forward pass holds at most.
+      batch_patches: patches from which on a forward pass is full.
+      cache_bytes: memory of the features kept from one request to the next.
+
+    Attributes:
+      kept: the features kept, by image key.
     """
 
-    def __init__(self, visual, image_processor, load_image, batch_patches: int = 16_384):
+    def __init__(
+        self,
+        visual: nn.Module,
+        image_processor,
+        load_image: Callable[[str], Any],
+        batch_patches: int = 16_384,
+        cache_bytes: int = 2 << 30,
+    ):
         self._visual, self._processor, self._load = visual, image_processor, load_image
         self._batch_patches = batch_patches
-        self._features: dict[str, VisionFeatures] = {}
+        self.kept = RecentlyUsed(cache_bytes)
         self._failed: dict[str, str] = {}
 
-    def fetch(self, keys) -> tuple[dict[str, VisionFeatures], dict[str, str]]:
+    def fetch(self, keys: Iterable[str]) -> tuple[dict[str, VisionFeatures], dict[str, str]]:
         """Returns features of the images `keys`, and a reason for each that has none."""
-        missing = [
-            k for k in dict.fromkeys(keys) if k not in self._features and k not in self._failed
-        ]
-        pending, patches = [], 0
-        for key in missing:
-            try:
-                pixels, grid = self.patches(key)
-            except (InputError, OSError, ValueError) as error:
-                self._failed[key] = f"image {key}: {error}"
-                continue
-            pending.append((key, pixels, grid))
-            patches += len(pixels)
-            if patches >= self._batch_patches:
-                self._encode(pending)
-                pending, patches = [], 0
-        if pending:
-            self._encode(pending)
-        features = {k: self._features[k] for k in keys if k in self._features}
-        return features, {k: self._failed[k] for k in keys if k in self._failed}
+        keys = list(dict.fromkeys(keys))
+        features = {key: found for key in keys if (found := self.kept.get(key)) is not None}
+        failed = {key: self._failed[key] for key in keys if key in self._failed}
+        missing = [key for key in keys if key not in features and key not in failed]
+        merge = self._visual.spatial_merge_size
+        for batch in self._batches(missing, failed):
+            out = self._run(batch)
+            counts = [len(pixels) // merge**2 for _, pixels, _ in batch]
+            for (key, _, grid), tokens in zip(batch, out.pooler_output.split(counts)):
+                # A copy, as a view would keep the whole batch alive.
+                found = VisionFeatures(tokens.clone(), (grid[1] // merge, grid[2] // merge))
+                features[key] = found
+                self.kept.put(key, found, found.bytes)
+        self._failed.update(failed)
+        return features, failed
+
+    def means(self, keys: Sequence[str]) -> np.ndarray:
+        """Returns float32 `[N, vision_hidden]`: means over patches before the merger.
+
+        Nothing is kept: an embedding is needed once, and a bank of images would fill any memory.
+
+        Raises:
+          InputError: an image cannot be read.
+        """
+        row_of = {key: row for row, key in enumerate(dict.fromkeys(keys))}
+        means = np.empty((len(row_of), self._visual.config.hidden_size), np.float32)
+        failed: dict[str, str] = {}
+        for batch in self._batches(list(row_of), failed):
+            states = self._run(batch).last_hidden_state.split([len(p) for _, p, _ in batch])
+            rows = [row_of[key] for key, _, _ in batch]
+            means[rows] = torch.stack([h.float().mean(0) for h in states]).cpu().numpy()
+        if failed:
+            raise InputError(next(iter(failed.values())))
+        return means[[row_of[key] for key in keys]]
 
     def patches(self, key: str) -> tuple[np.ndarray, tuple[int, int, int]]:
         """Reads one image: float32 `[patches, patch_dim]` pixels and its (t, h, w) patch grid.
@@ -128,16 +190,24 @@ class VisionCache:
         pixels = np.asarray(processed["pixel_values"], np.float32)
         return pixels, tuple(int(g) for g in processed["image_grid_thw"][0])
 
+    def _batches(self, keys: list[str], failed: dict[str, str]) -> Iterator[list]:
+        """Reads images and yields (key, pixels, grid) of as many as a forward pass takes."""
+        batch, patches = [], 0
+        for key, read, reason in read_images(keys, self.patches):
+            if reason is not None:
+                failed[key] = reason
+                continue
+            batch.append((key, *read))
+            patches += len(read[0])
+            if patches >= self._batch_patches:
+                yield batch
+                batch, patches = [], 0
+        if batch:
+            yield batch
+
     @torch.inference_mode()
-    def _encode(self, pending) -> None:
+    def _run(self, batch: list):
         parameter = next(self._visual.parameters())
-        pixels = torch.from_numpy(np.concatenate([p for _, p, _ in pending]))
-        grids = torch.tensor([grid for _, _, grid in pending], device=parameter.device)
-        out = self._visual(pixels.to(parameter.device, parameter.dtype), grid_thw=grids)
-        merge = self._visual.spatial_merge_size
-        counts = [len(p) for _, p, _ in pending]
-        means = torch.stack([h.float().mean(0) for h in out.last_hidden_state.split(counts)])
-        tokens = out.pooler_output.split([c // merge**2 for c in counts])
-        for (key, _, grid), token, mean in zip(pending, tokens, means.cpu().numpy()):
-            size = (grid[1] // merge, grid[2] // merge)
-            self._features[key] = VisionFeatures(token, size, mean)
+        pixels = torch.from_numpy(np.concatenate([pixels for _, pixels, _ in batch]))
+        grids = torch.tensor([grid for _, _, grid in batch], device=parameter.device)
+        return self._visual(pixels.to(parameter.device, parameter.dtype), grid_thw=grids)

@@ -11,7 +11,8 @@ import re
 import torch
 from transformers.utils import logging
 
-from qwen_bridge.embedder import Embedder
+from qwen_bridge.embedder import Embedder, Encoder, QwenEncoder
+from qwen_bridge.encoders import load_encoder
 from qwen_bridge.errors import InputError
 from qwen_bridge.loading import load_model
 from qwen_bridge.prompts import PromptBuilder, PromptTemplate
@@ -31,11 +32,12 @@ def build(settings: dict) -> tuple[PromptScorer, dict]:
       settings: `dataset` as for `open_dataset`; `model`, `device` (`auto`, `cpu`, `cuda`),
         `dtype` (`auto`, `float32`, `bfloat16`), `min_pixels`, `max_pixels` as for `load_model`;
         `prompt_style`, `instruction`; `scorer` (`trie` or `reference`), `answer_weight`,
-        `gt_prob`, `max_new_tokens`, `cache_mib`, `batch_tokens`.
+        `gt_prob`, `max_new_tokens`, `cache_mib`, `vision_cache_mib`, `batch_tokens`; `encoder`
+        (`qwen`, `clip`, `siglip`) and `encoder_model`, the folder of the latter two.
 
     Returns:
       The scorer, and what identifies its scores: model, prompt_template, generation, dataset,
-      metric.
+      metric; and `encoder`, which identifies its embeddings.
 
     Raises:
       InputError: something in the settings cannot be used.
@@ -58,7 +60,18 @@ def build(settings: dict) -> tuple[PromptScorer, dict]:
     )
     template = PromptTemplate(settings["prompt_style"], settings["instruction"])
     builder = PromptBuilder(loaded.tokenizer, template)
-    vision = VisionCache(loaded.model.model.visual, loaded.image_processor, dataset.load_image)
+    vision = VisionCache(
+        loaded.model.model.visual,
+        loaded.image_processor,
+        dataset.load_image,
+        cache_bytes=settings["vision_cache_mib"] << 20,
+    )
+    qwen = QwenEncoder(loaded.model, builder, vision, loaded.fingerprint)
+    encoder: Encoder = qwen
+    if settings["encoder"] != "qwen":
+        encoder = load_encoder(
+            settings["encoder"], settings["encoder_model"], dataset.load_image, device
+        )
     common = {
         "answer_weight": settings["answer_weight"],
         "gt_prob": settings["gt_prob"],
@@ -68,7 +81,7 @@ def build(settings: dict) -> tuple[PromptScorer, dict]:
         loaded,
         dataset,
         SegmentFactory(builder, vision),
-        Embedder(loaded.model, builder, vision),
+        Embedder(encoder, qwen),
     )
     if settings["scorer"] == "trie":
         scorer: PromptScorer = TrieScorer(
@@ -87,6 +100,7 @@ def build(settings: dict) -> tuple[PromptScorer, dict]:
         "generation": f"greedy, at most {settings['max_new_tokens']} tokens, no penalty",
         "dataset": dataset.fingerprint,
         "metric": f"answer_weight={settings['answer_weight']} gt_prob={settings['gt_prob']}",
+        "encoder": encoder.fingerprint,
     }
     return scorer, hello
 

@@ -22,6 +22,9 @@ SETTINGS = {
     "gt_prob": "product",
     "max_new_tokens": 10,
     "cache_mib": 64,
+    "vision_cache_mib": 64,
+    "encoder": "qwen",
+    "encoder_model": "",
     "batch_tokens": 4096,
 }
 

@@ -161,8 +161,10 @@ def test_an_unreadable_image_fails_its_prompts_only(make_scorer):
     query = scorer.dataset.eval[1].id
     other = scorer.dataset.bank[8].id
     scores = scorer.score(np.array([query, query]), np.array([[bad.id], [other]]))
-    assert scores.reasons == {0: f"image {bad.image}: image file is truncated"}
-    with pytest.raises(InputError, match="truncated; mend the file or leave it out"):
+    assert scores.reasons == {
+        0: f"image {bad.image}: image file is truncated; mend the file or leave it out"
+    }
+    with pytest.raises(InputError, match="truncated; mend the file or leave it out$"):
         scorer.embed("bank", np.array([bad.id]))
 
 
