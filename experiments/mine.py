@@ -7,7 +7,7 @@ Does phases 1 to 4 of `experiments.train`; a later `train` in the same workdir g
 
 import time
 
-from experiments import cli, settings
+from experiments import cli, plan, settings
 from experiments.metrics import MetricsLog
 from experiments.progress import stage
 from experiments.session import open_session
@@ -17,6 +17,8 @@ from experiments.train import make_data, print_costs
 def main():
     started = time.monotonic()
     settings.check()
+    if settings.PLAN.value:
+        return plan.show("mine")
     workdir = settings.make_workdir()
     stage(f"open: {workdir}")
     with open_session(workdir) as session:

@@ -17,6 +17,7 @@ from lever_jax.selector import make_selector
 from lever_jax.store import Store
 from qwen_bridge.client import Environment
 from qwen_bridge.embedding_cache import EmbeddingCache
+from qwen_bridge.hub import resolve_model
 from qwen_bridge.vqa.examples import Dataset
 from qwen_bridge.vqa.sources import open_dataset
 
@@ -99,7 +100,8 @@ def open_session(workdir: pathlib.Path) -> Iterator[Session]:
     with contextlib.ExitStack() as stack:
         environment = stack.enter_context(
             Environment(
-                settings.worker_settings(),
+                # Resolved here, once: workers must not download the same files at the same time.
+                {**settings.worker_settings(), "model": resolve_model(settings.MODEL.value)},
                 workers=settings.WORKERS.value,
                 threads=settings.THREADS.value,
                 deadline_s=settings.DEADLINE_S.value,

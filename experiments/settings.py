@@ -19,6 +19,9 @@ from lever_jax.pooled import PoolConfig
 from lever_jax.rewards import REWARD_MODES
 from lever_jax.selector import SelectorConfig
 from lever_jax.training import LossConfig
+from qwen_bridge.adapters import check_adapter
+from qwen_bridge.devices import DEVICES
+from qwen_bridge.grids import check_pixels
 from qwen_bridge.vqa.official import DEFAULT_IMAGE_PATTERN
 
 FLAGS = flags.FLAGS
@@ -59,14 +62,28 @@ IMAGE_PATTERN = flags.DEFINE_string(
 )
 
 # --- the VLM ----------------------------------------------------------------------------------
-MODEL = flags.DEFINE_string("model", "", "Qwen2.5-VL checkpoint folder; empty is the embedded one.")
+MODEL = flags.DEFINE_string(
+    "model",
+    "",
+    "Qwen2.5-VL: a checkpoint folder, or ORG/NAME[@REVISION] on the Hugging Face hub; empty is the "
+    "embedded one.",
+)
+ADAPTER = flags.DEFINE_string(
+    "adapter", "", "Folder of a LoRA adapter (peft, safetensors), merged into the weights."
+)
 DEVICE = flags.DEFINE_string("device", "auto", "auto, cpu, cuda or cuda:N, for the VLM.")
 DTYPE = flags.DEFINE_enum("dtype", "auto", ("auto", "float32", "bfloat16"), "auto: by device.")
 MIN_PIXELS = flags.DEFINE_integer(
-    "min_pixels", None, "Enlarge images to so many pixels.", lower_bound=1
+    "min_pixels",
+    None,
+    "Enlarge images to at least so many pixels, 784 a token; default as the checkpoint says.",
+    lower_bound=1,
 )
 MAX_PIXELS = flags.DEFINE_integer(
-    "max_pixels", None, "Shrink images to so many pixels.", lower_bound=1
+    "max_pixels",
+    None,
+    "Shrink images to at most so many pixels, 784 a token; default as the checkpoint says.",
+    lower_bound=784,
 )
 PROMPT_STYLE = flags.DEFINE_enum("prompt_style", "chat", ("chat", "inline"), "Layout of prompts.")
 INSTRUCTION = flags.DEFINE_string("instruction", "", "A line after every question.")
@@ -253,6 +270,31 @@ ORACLE_BEAM = flags.DEFINE_integer(
     "oracle_beam", 6, "Width of the oracle's search; 0 leaves it out.", lower_bound=0
 )
 
+# --- plan -------------------------------------------------------------------------------------
+PLAN = flags.DEFINE_bool("plan", False, "Print prompts, hours and memory to expect, and stop.")
+PLAN_DEVICE = flags.DEFINE_enum("plan_device", "h100", tuple(DEVICES), "GPU that is planned for.")
+PLAN_UTILISATION = flags.DEFINE_float(
+    "plan_utilisation",
+    0.35,
+    "Share of the GPU's bf16 peak assumed to be sustained, (0, 1].",
+    lower_bound=0.01,
+    upper_bound=1.0,
+)
+PLAN_CERTIFIED = flags.DEFINE_float(
+    "plan_certified",
+    0.5,
+    "Share of answers assumed to be proven by their scores, so not generated, [0, 1].",
+    lower_bound=0.0,
+    upper_bound=1.0,
+)
+PLAN_BANK = flags.DEFINE_integer(
+    "plan_bank", None, "Demonstrations of the bank; default counted in its files.", lower_bound=1
+)
+PLAN_BANK_IMAGES = flags.DEFINE_integer(
+    "plan_bank_images", None, "Distinct images of the bank; default counted.", lower_bound=1
+)
+PLAN_OUT = flags.DEFINE_string("plan_out", None, "JSON file that --plan writes besides.")
+
 # Flags that say where or how to run, not what: a run may be continued with others.
 _NOT_ADOPTED = frozenset({"workdir", "flagfile", "undefok", "device", "workers", "threads"})
 
@@ -274,7 +316,11 @@ def make_workdir() -> pathlib.Path:
 def own_flags() -> dict[str, str]:
     """Every flag of ours as `--name=value` text, by name."""
     defined = FLAGS.flags_by_module_dict()[__name__]
-    return {flag.name: flag.serialize() for flag in defined if flag.name not in ("workdir",)}
+    return {
+        flag.name: flag.serialize()
+        for flag in defined
+        if flag.name != "workdir" and not flag.name.startswith("plan")
+    }
 
 
 def save_flags(workdir: pathlib.Path) -> None:
@@ -410,9 +456,14 @@ def worker_settings() -> dict:
             if folder
             else f"--encoder={encoder} needs --encoder_model, a local {encoder} checkpoint folder"
         )
+    if MIN_PIXELS.value is not None and MAX_PIXELS.value is not None:
+        check_pixels(MIN_PIXELS.value, MAX_PIXELS.value)
+    if ADAPTER.value:
+        check_adapter(pathlib.Path(ADAPTER.value))
     return {
         "dataset": dataset_settings(),
         "model": MODEL.value,
+        "adapter": ADAPTER.value,
         "device": DEVICE.value,
         "dtype": DTYPE.value,
         "min_pixels": MIN_PIXELS.value,

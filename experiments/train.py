@@ -16,7 +16,7 @@ import time
 
 import numpy as np
 
-from experiments import cli, phases, settings
+from experiments import cli, phases, plan, settings
 from experiments.metrics import MetricsLog
 from experiments.progress import note, stage
 from experiments.session import open_session
@@ -26,6 +26,8 @@ from experiments.tables import print_evaluation, print_health
 def main():
     started = time.monotonic()
     settings.check()
+    if settings.PLAN.value:
+        return plan.show()
     workdir = settings.make_workdir()
     stage(f"open: {workdir}")
     with open_session(workdir) as session:

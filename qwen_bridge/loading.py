@@ -9,10 +9,13 @@ from safetensors import SafetensorError
 from transformers import AutoTokenizer, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 from transformers.models.qwen2_vl import Qwen2VLImageProcessorPil
 
+from qwen_bridge.adapters import merge_adapter
 from qwen_bridge.errors import InputError
+from qwen_bridge.grids import check_pixels
+from qwen_bridge.hub import TINY_QWEN
+from qwen_bridge.identity import adapter_digest, checkpoint_digest, weight_files
 from qwen_bridge.vision import batch_equal_windows
 
-TINY_QWEN = pathlib.Path(__file__).parent / "tiny_qwen"
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 # What the libraries raise over a damaged or foreign folder.
 _UNUSABLE = (
@@ -24,8 +27,6 @@ _UNUSABLE = (
     KeyError,
     SafetensorError,
 )
-_HASH_WHOLE = 256 << 20  # bytes; of larger weight files only samples are hashed
-_HASH_SAMPLES = 64
 
 
 @dataclasses.dataclass
@@ -36,7 +37,7 @@ class LoadedModel:
       model: the network, in evaluation mode.
       tokenizer: its tokenizer.
       image_processor: its image processor (PIL, no torchvision).
-      fingerprint: identifies weights, configuration and processor settings.
+      fingerprint: identifies weights, adapter, configuration and processor settings.
     """
 
     model: Qwen2_5_VLForConditionalGeneration
@@ -52,31 +53,37 @@ def load_model(
     dtype: str = "float32",
     min_pixels: int | None = None,
     max_pixels: int | None = None,
+    adapter: str = "",
 ) -> LoadedModel:
     """Loads a checkpoint folder.
 
     Args:
-      path: a local folder with `config.json`, `*.safetensors`, tokenizer and preprocessor
-        files; empty means the embedded model.
+      path: a local folder with `config.json`, weights (safetensors, whole or in shards),
+        tokenizer and preprocessor files; empty means the embedded model.
       device: torch device.
       dtype: `float32` or `bfloat16`.
       min_pixels: images are enlarged to at least as many pixels; None as the checkpoint says.
       max_pixels: images are shrunk to at most as many pixels; None as the checkpoint says.
+      adapter: folder of a LoRA adapter that is merged into the weights; empty for none.
 
     Raises:
-      InputError: the folder, its configuration or its weights are missing or do not fit.
+      InputError: the folder, its configuration, its weights or the adapter are missing or do not
+        fit, or the pixel bounds contradict each other.
     """
     folder = pathlib.Path(path) if path else TINY_QWEN
     if not folder.is_dir():
         raise InputError(f"--model={path} is not a folder; give a local Qwen2.5-VL checkpoint")
     for pattern, what in (
         ("config.json", "configuration"),
-        ("*.safetensors", "weights"),
         ("tokenizer*.json", "tokenizer"),
         ("preprocessor_config.json", "image processor settings"),
     ):
         if not any(folder.glob(pattern)):
             raise InputError(f"--model={path}: no {what} ({pattern}) in {folder}")
+    try:
+        weight_files(folder)
+    except InputError as error:
+        raise InputError(f"--model={path}: {error}") from None
     if not ((folder / "tokenizer.json").exists() or (folder / "vocab.json").exists()):
         raise InputError(f"--model={path}: no tokenizer.json and no vocab.json in {folder}")
     if dtype not in _DTYPES:
@@ -115,26 +122,17 @@ def load_model(
             f"--model={path}: {len(wrong)} weights missing or misshapen or not of the "
             f"architecture in config.json: {wrong[0]}"
         )
+    patch = {"patch_size": processor.patch_size, "merge_size": processor.merge_size}
+    check_pixels(processor.size["shortest_edge"], processor.size["longest_edge"], **patch)
+    parts = [dtype, processor.to_json_string(), checkpoint_digest(folder)]
+    if adapter:
+        model = merge_adapter(model, pathlib.Path(adapter))
+        parts.append(adapter_digest(pathlib.Path(adapter)))
     model.eval().requires_grad_(False).to(device)
     batch_equal_windows(model.model.visual)
-    return LoadedModel(
-        model, tokenizer, processor, _fingerprint(folder, dtype, processor.to_json_string())
-    )
+    fingerprint = hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
+    return LoadedModel(model, tokenizer, processor, fingerprint)
 
 
 def _is_qwen(folder: pathlib.Path) -> bool:
     return '"qwen2_5_vl"' in (folder / "config.json").read_text()
-
-
-def _fingerprint(folder: pathlib.Path, dtype: str, processor: str) -> str:
-    digest = hashlib.sha256(f"{dtype}\0{processor}".encode())
-    for file in sorted([*folder.glob("*.json"), *folder.glob("*.safetensors")]):
-        digest.update(f"{file.name}\0{file.stat().st_size}\0".encode())
-        with file.open("rb") as stream:
-            if file.stat().st_size <= _HASH_WHOLE:
-                digest.update(stream.read())
-                continue
-            for i in range(_HASH_SAMPLES):
-                stream.seek(i * file.stat().st_size // _HASH_SAMPLES)
-                digest.update(stream.read(1 << 20))
-    return digest.hexdigest()[:16]

@@ -30,7 +30,8 @@ def build(settings: dict) -> tuple[PromptScorer, dict]:
 
     Args:
       settings: `dataset` as for `open_dataset`; `model`, `device` (`auto`, `cpu`, `cuda`),
-        `dtype` (`auto`, `float32`, `bfloat16`), `min_pixels`, `max_pixels` as for `load_model`;
+        `dtype` (`auto`, `float32`, `bfloat16`), `min_pixels`, `max_pixels`, `adapter` as for
+        `load_model`;
         `prompt_style`, `instruction`; `scorer` (`trie` or `reference`), `answer_weight`,
         `gt_prob`, `max_new_tokens`, `cache_mib`, `vision_cache_mib`, `batch_tokens`; `encoder`
         (`qwen`, `clip`, `siglip`) and `encoder_model`, the folder of the latter two.
@@ -47,7 +48,7 @@ def build(settings: dict) -> tuple[PromptScorer, dict]:
     if threads := int(os.environ.get("OMP_NUM_THREADS", 0)):
         torch.set_num_threads(threads)
     dataset = open_dataset(settings["dataset"])
-    device = _device(settings["device"])
+    device = pick_device(settings["device"])
     dtype = settings["dtype"]
     if dtype == "auto":
         dtype = "float32" if device == "cpu" else "bfloat16"
@@ -57,6 +58,7 @@ def build(settings: dict) -> tuple[PromptScorer, dict]:
         dtype=dtype,
         min_pixels=settings["min_pixels"],
         max_pixels=settings["max_pixels"],
+        adapter=settings["adapter"],
     )
     template = PromptTemplate(settings["prompt_style"], settings["instruction"])
     builder = PromptBuilder(loaded.tokenizer, template)
@@ -105,7 +107,12 @@ def build(settings: dict) -> tuple[PromptScorer, dict]:
     return scorer, hello
 
 
-def _device(name: str) -> str:
+def pick_device(name: str) -> str:
+    """The torch device of a flag `--device`: auto, cpu, cuda or cuda:N.
+
+    Raises:
+      InputError: it is none of them, or there is no GPU.
+    """
     if name == "auto":
         if not torch.cuda.is_available():
             return "cpu"

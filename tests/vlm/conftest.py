@@ -11,6 +11,7 @@ SHARED = pathlib.Path(__file__).parents[3] / "shared" / "data"
 SETTINGS = {
     "dataset": {"kind": "digits", "seed": 0, "bank": 300, "train": 40, "eval": 60},
     "model": "",
+    "adapter": "",
     "device": "cpu",
     "dtype": "float32",
     "min_pixels": None,
