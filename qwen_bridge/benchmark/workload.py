@@ -31,6 +31,7 @@ _GRID = 28  # pixels of a merged token's side
 _WORDS = "number comes next before this is What".split()
 _QUESTION_WORDS = 6  # with the mark some 7 tokens, as VQAv2's questions have
 _ANNOTATORS = 10
+_DIGITS = 2  # of an answer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -142,8 +143,9 @@ class Workload:
     def include_usual_answers(self) -> None:
         """Makes what the network answers most often half of each query's ground truths.
 
-        Otherwise no greedy answer of random weights would ever be certified. Only answers of one
-        surface form are taken, so that the work stays as it is stated.
+        Otherwise no greedy answer of random weights would ever be certified. Only answers like
+        those that they replace are taken, short and of one surface form, so that the work stays
+        as it is stated.
         """
         prompts = self.prompts()
         answered = TrieScorer(*self.parts).answer(prompts.queries, prompts.pointers)
@@ -154,8 +156,9 @@ class Workload:
             usual = [
                 text
                 for text, _ in collections.Counter(texts).most_common()
-                if [target.forms for target in answer_targets((text,))] == [(text,)]
+                if len(text) <= _DIGITS
                 and text not in old
+                and [target.forms for target in answer_targets((text,))] == [(text,)]
             ]
             numbers = list(dict.fromkeys(old))
             changed = dict(zip(numbers[: len(numbers) // 2], usual))
@@ -190,9 +193,11 @@ def random_dataset(config: WorkloadConfig) -> Dataset:
 
     def example(id: int, image: str) -> Example:
         question = " ".join(rng.choice(_WORDS, _QUESTION_WORDS)) + "?"
-        numbers = [str(number) for number in rng.choice(np.arange(10, 100), config.answers, False)]
+        numbers = [
+            str(number) for number in rng.choice(np.arange(10, 10**_DIGITS), config.answers, False)
+        ]
         # Each of `answers` numbers at least once, in as many answers as there are annotators.
-        return Example(id, image, question, tuple(np.resize(numbers, _ANNOTATORS).tolist()))
+        return Example(id, image, question, tuple(map(str, np.resize(numbers, _ANNOTATORS))))
 
     pools = 1 if config.pool == "shared" else config.queries
     bank = tuple(example(i, f"bank {i}") for i in range(pools * config.pool_size))
