@@ -19,7 +19,7 @@ from qwen_bridge.benchmark.workload import Prompts, Workload, measured_lengths, 
 from qwen_bridge.cost import RUNGS, PromptLengths, rung_flops
 from qwen_bridge.errors import InputError
 from qwen_bridge.protocol import ScoreBatch
-from qwen_bridge.scorer import DEFAULT_MARGIN, PromptScorer
+from qwen_bridge.scorer import DEFAULT_MARGIN, MAX_NEW_TOKENS, PromptScorer
 from qwen_bridge.trie_scorer import TrieScorer
 
 FLAG_BEYOND = 0.3  # share by which measured and predicted ratios may differ unremarked
@@ -58,6 +58,7 @@ class Race:
         each answer: their cost is linear in prompts, and all would take very long on a CPU.
       batch_tokens: tokens of a forward pass; None by device.
       cache_bytes: budget of cached prefixes of a scorer.
+      max_new_tokens: most tokens of a generated answer.
 
     Attributes:
       rungs: by name, in the order of `RUNGS`.
@@ -70,12 +71,14 @@ class Race:
         naive_candidates: int,
         batch_tokens: int | None,
         cache_bytes: int,
+        max_new_tokens: int = MAX_NEW_TOKENS,
     ):
         self.workload = workload
         self.device = workload.loaded.model.device
         every = workload.prompts()
         few = every.first(naive_candidates)
-        fast = {"batch_tokens": batch_tokens, "cache_bytes": cache_bytes}
+        plain = {"max_new_tokens": max_new_tokens}
+        fast = {"batch_tokens": batch_tokens, "cache_bytes": cache_bytes, **plain}
         parts = workload.parts
         cold, warm = (TrieScorer(*parts, **fast) for _ in range(2))
         self.lengths = self._lengths(warm, every)
@@ -91,9 +94,9 @@ class Race:
         self.rungs = {
             name: Rung(scorer, prompts, prepare, flops[name])
             for name, scorer, prompts, prepare in [
-                ("naive", NaiveScorer(*parts), few, nothing),
-                ("naive_batched", BatchedNaiveScorer(*parts), few, nothing),
-                ("vision_cache", CachedVisionScorer(*parts), few, nothing),
+                ("naive", NaiveScorer(*parts, **plain), few, nothing),
+                ("naive_batched", BatchedNaiveScorer(*parts, **plain), few, nothing),
+                ("vision_cache", CachedVisionScorer(*parts, **plain), few, nothing),
                 ("branches", branches, every, nothing),
                 ("trie_cold", cold, every, cold.cache.clear),
                 ("trie_warm", warm, every, fill),

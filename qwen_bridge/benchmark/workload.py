@@ -4,7 +4,6 @@ Every picture has the same size and every answer is a number of two digits, whic
 form only: so `answers` ground truths are `answers` branches, as the work is stated.
 """
 
-import collections
 import dataclasses
 
 import numpy as np
@@ -21,9 +20,7 @@ from qwen_bridge.scorer import PromptRequest
 from qwen_bridge.segments import SegmentFactory
 from qwen_bridge.shape import ModelShape
 from qwen_bridge.trie import levels
-from qwen_bridge.trie_scorer import TrieScorer
 from qwen_bridge.vision import VisionCache
-from qwen_bridge.vqa.answers import answer_targets
 from qwen_bridge.vqa.examples import Dataset, Example, fingerprint_of
 
 POOLS = ("shared", "per_query")
@@ -31,7 +28,6 @@ _GRID = 28  # pixels of a merged token's side
 _WORDS = "number comes next before this is What".split()
 _QUESTION_WORDS = 6  # with the mark some 7 tokens, as VQAv2's questions have
 _ANNOTATORS = 10
-_DIGITS = 2  # of an answer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,13 +108,15 @@ class Workload:
 
     Attributes:
       loaded: the network.
+      random: whether its weights are.
       dataset: `queries` queries and one more (the last), and demonstrations of all pools.
       parts: what every `PromptScorer` is made of.
     """
 
     def __init__(self, config: WorkloadConfig, model: str, device: str, dtype: str):
         self.config = config
-        if model in SHAPES:
+        self.random = model in SHAPES
+        if self.random:
             torch_dtype = getattr(torch, dtype)
             loaded = random_model(model, device=device, dtype=torch_dtype, seed=config.seed)
         else:
@@ -139,36 +137,6 @@ class Workload:
         )
         judge = QwenEncoder(loaded.model, builder, vision, loaded.fingerprint)
         return loaded, self.dataset, SegmentFactory(builder, vision), Embedder(judge, judge)
-
-    def include_usual_answers(self) -> None:
-        """Makes what the network answers most often half of each query's ground truths.
-
-        Otherwise no greedy answer of random weights would ever be certified. Only answers like
-        those that they replace are taken, short and of one surface form, so that the work stays
-        as it is stated.
-        """
-        prompts = self.prompts()
-        answered = TrieScorer(*self.parts).answer(prompts.queries, prompts.pointers)
-        examples = list(self.dataset.eval)
-        for query in range(self.config.queries):
-            texts = [answered.texts[row] for row in np.flatnonzero(prompts.queries == query)]
-            old = examples[query].answers
-            usual = [
-                text
-                for text, _ in collections.Counter(texts).most_common()
-                if len(text) <= _DIGITS
-                and text not in old
-                and [target.forms for target in answer_targets((text,))] == [(text,)]
-            ]
-            numbers = list(dict.fromkeys(old))
-            changed = dict(zip(numbers[: len(numbers) // 2], usual))
-            new = tuple(changed.get(answer, answer) for answer in old)
-            examples[query] = dataclasses.replace(examples[query], answers=new)
-        bank, queries = self.dataset.bank, tuple(examples)
-        self.dataset = dataclasses.replace(
-            self.dataset, eval=queries, fingerprint=fingerprint_of(bank, queries)
-        )
-        self.parts = self.parts_of(self.loaded)
 
     def prompts(self) -> Prompts:
         """Draws distinct pointers for every query."""
@@ -193,11 +161,9 @@ def random_dataset(config: WorkloadConfig) -> Dataset:
 
     def example(id: int, image: str) -> Example:
         question = " ".join(rng.choice(_WORDS, _QUESTION_WORDS)) + "?"
-        numbers = [
-            str(number) for number in rng.choice(np.arange(10, 10**_DIGITS), config.answers, False)
-        ]
+        numbers = map(str, rng.choice(np.arange(10, 100), config.answers, replace=False))
         # Each of `answers` numbers at least once, in as many answers as there are annotators.
-        return Example(id, image, question, tuple(map(str, np.resize(numbers, _ANNOTATORS))))
+        return Example(id, image, question, tuple(np.resize(list(numbers), _ANNOTATORS).tolist()))
 
     pools = 1 if config.pool == "shared" else config.queries
     bank = tuple(example(i, f"bank {i}") for i in range(pools * config.pool_size))

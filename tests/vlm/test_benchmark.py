@@ -38,7 +38,6 @@ FLAGS = [f"--{name}={value}" for name, value in {**SMALL, "image_size": 28}.item
 @pytest.fixture(scope="module")
 def race():
     workload = Workload(WorkloadConfig(**SMALL), "tiny", "cpu", "float32")
-    workload.include_usual_answers()
     return Race(workload, naive_candidates=2, batch_tokens=None, cache_bytes=1 << 26)
 
 
