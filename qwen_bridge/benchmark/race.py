@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from qwen_bridge.benchmark import clock
-from qwen_bridge.benchmark.exactness import difference, faults
+from qwen_bridge.benchmark.exactness import LEAST_BFLOAT16, difference, faults
 from qwen_bridge.benchmark.rungs import (
     BatchedNaiveScorer,
     BranchScorer,
@@ -104,35 +104,44 @@ class Race:
         }
 
     def exactness(self) -> dict:
-        """Scores with every rung once and compares; the first run of each, and so a warm-up.
+        """Compares every rung to the naive loop; the first run of each, and so a warm-up.
 
         Returns:
           `max_abs_logprob`, `greedy_equal`, `faults` (empty where all is well), `against`,
           `candidates`, and `by_rung` with quantiles.
         """
-        few = len(self.rungs["naive"].prompts)
-        results = {}
-        for name, rung in self.rungs.items():
-            rung.prepare()
-            results[name] = rung.score()
         dtype = self.workload.loaded.model.dtype
         near = DEFAULT_MARGIN[dtype]
+        count = len(self.rungs["naive"].prompts)
+        if dtype != torch.float32:
+            count = max(count, LEAST_BFLOAT16)
+        every = self.rungs["branches"].prompts
+        # Of as many queries as there are: answers to one query err alike.
+        asked = every.spread(count, len(self.workload.dataset.eval))
+        results = {
+            name: rung.scorer.score(asked.queries, asked.pointers)
+            for name, rung in self.rungs.items()
+        }
         naive, own = results["naive"], None
         against = "the naive loop, float32"
         if dtype != torch.float32:
             against = "the naive loop on the same weights in float32"
-            naive = self._float32()
+            naive = self._float32(asked)
             own = difference(results["naive"], naive, near)
         by_rung = {
-            name: difference(_first(result, few), naive, near)
+            name: difference(result, naive, near)
             for name, result in results.items()
             if name != "naive"
         }
         wrong = faults(by_rung, own)
-        if own is None and len(self.rungs["branches"].prompts) > few:
-            # The prompts that the naive loop leaves out, each trie against the plain prefills.
+        # What is timed: as the trie shares it, and as it does not.
+        timed = {}
+        for name, rung in self.rungs.items():
+            rung.prepare()
+            timed[name] = rung.score()
+        if own is None:
             whole = {
-                f"{name} against branches": difference(results[name], results["branches"], near)
+                f"{name} against branches": difference(timed[name], timed["branches"], near)
                 for name in ("trie_cold", "trie_warm")
             }
             wrong += faults(whole, None)
@@ -142,7 +151,7 @@ class Race:
             "greedy_equal": all(one.greedy_equal for one in by_rung.values()),
             "faults": wrong,
             "against": against,
-            "candidates": few,
+            "candidates": count,
             "naive_loop_itself": None if own is None else dataclasses.asdict(own),
             "by_rung": {name: dataclasses.asdict(one) for name, one in by_rung.items()},
         }
@@ -235,13 +244,13 @@ class Race:
                 f"{len(prompts)} candidates; raise it, or lower --candidates"
             )
 
-    def _float32(self) -> ScoreBatch:
+    def _float32(self, prompts: Prompts) -> ScoreBatch:
         """What the naive loop says in float32, on the same weights."""
         loaded = self.workload.loaded
         wide = dataclasses.replace(loaded, model=copy.deepcopy(loaded.model).float())
-        few = self.rungs["naive"].prompts
-        result = NaiveScorer(*self.workload.parts_of(wide)).score(few.queries, few.pointers)
-        del wide
+        scorer = NaiveScorer(*self.workload.parts_of(wide))
+        result = scorer.score(prompts.queries, prompts.pointers)
+        del wide, scorer
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
         return result
@@ -254,13 +263,3 @@ def spread(ratios: np.ndarray) -> dict[str, float]:
         "min": float(ratios.min()),
         "max": float(ratios.max()),
     }
-
-
-def _first(batch: ScoreBatch, count: int) -> ScoreBatch:
-    """The first rows of a result whose every prompt was scored."""
-    changes = {
-        field.name: value[:count]
-        for field in dataclasses.fields(batch)
-        if isinstance(value := getattr(batch, field.name), (np.ndarray, list))
-    }
-    return dataclasses.replace(batch, **changes)

@@ -24,6 +24,7 @@ from qwen_bridge.vision import VisionCache
 from qwen_bridge.vqa.examples import Dataset, Example, fingerprint_of
 
 POOLS = ("shared", "per_query")
+OTHER_QUERIES = 32  # beside those that are timed
 _GRID = 28  # pixels of a merged token's side
 _WORDS = "number comes next before this is What".split()
 _QUESTION_WORDS = 6  # with the mark some 7 tokens, as VQAv2's questions have
@@ -96,6 +97,11 @@ class Prompts:
         """The same pointers, all shown to another query."""
         return Prompts(np.full_like(self.queries, query), self.pointers)
 
+    def spread(self, count: int, queries: int) -> "Prompts":
+        """`count` of the pointers in turn, each shown to the next of `queries` queries."""
+        rows = np.arange(count)
+        return Prompts(rows % queries, self.pointers[rows % len(self)])
+
 
 class Workload:
     """A network and what it is to score.
@@ -109,7 +115,7 @@ class Workload:
     Attributes:
       loaded: the network.
       random: whether its weights are.
-      dataset: `queries` queries and one more (the last), and demonstrations of all pools.
+      dataset: the queries that are timed, others, and demonstrations of all pools.
       parts: what every `PromptScorer` is made of.
     """
 
@@ -167,7 +173,7 @@ def random_dataset(config: WorkloadConfig) -> Dataset:
 
     pools = 1 if config.pool == "shared" else config.queries
     bank = tuple(example(i, f"bank {i}") for i in range(pools * config.pool_size))
-    queries = tuple(example(i, f"query {i}") for i in range(config.queries + 1))
+    queries = tuple(example(i, f"query {i}") for i in range(config.queries + OTHER_QUERIES))
 
     def load_image(key: str) -> Image.Image:
         kind, number = key.split()
