@@ -25,7 +25,7 @@ from qwen_bridge.benchmark.models import SHAPES
 from qwen_bridge.benchmark.race import FLAG_BEYOND, Race
 from qwen_bridge.benchmark.soak import WARM_UP, soak
 from qwen_bridge.benchmark.stage_b import WAYS, StageB
-from qwen_bridge.benchmark.workload import POOLS, Workload, WorkloadConfig
+from qwen_bridge.benchmark.workload import FEATURE_BYTES, POOLS, Workload, WorkloadConfig
 from qwen_bridge.cost import RUNGS
 from qwen_bridge.memory import worker_memory
 from qwen_bridge.scorer import MAX_NEW_TOKENS
@@ -195,7 +195,7 @@ def _memory(workload: Workload, race: Race) -> dict:
         shots=workload.config.shots,
         batch_tokens=BATCH_TOKENS_FLAG.value or BATCH_TOKENS[race.device.type],
         cache_bytes=CACHE_MIB.value << 20,
-        feature_bytes=2 << 30,
+        feature_bytes=FEATURE_BYTES,
         value_bytes=workload.loaded.model.dtype.itemsize,
     )
     return {"foreseen_bytes": sum(foreseen.values()), "foreseen": foreseen}

@@ -134,11 +134,12 @@ class Race:
             if name != "naive"
         }
         wrong = faults(by_rung, own)
-        # What is timed: as the trie shares it, and as it does not.
+        # All that is timed, too: the naive loop cannot be asked for so many.
         timed = {}
         for name, rung in self.rungs.items():
-            rung.prepare()
-            timed[name] = rung.score()
+            if rung.prompts is every:
+                rung.prepare()
+                timed[name] = rung.score()
         if own is None:
             whole = {
                 f"{name} against branches": difference(timed[name], timed["branches"], near)

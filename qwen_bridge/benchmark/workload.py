@@ -25,6 +25,7 @@ from qwen_bridge.vqa.examples import Dataset, Example, fingerprint_of
 
 POOLS = ("shared", "per_query")
 OTHER_QUERIES = 32  # beside those that are timed
+FEATURE_BYTES = 2 << 30  # of pictures' features
 _GRID = 28  # pixels of a merged token's side
 _WORDS = "number comes next before this is What".split()
 _QUESTION_WORDS = 6  # with the mark some 7 tokens, as VQAv2's questions have
@@ -132,7 +133,9 @@ class Workload:
         self.dataset = random_dataset(config)
         self.parts = self.parts_of(loaded)
 
-    def parts_of(self, loaded: LoadedModel, vision_bytes: int = 2 << 30):
+    def parts_of(
+        self, loaded: LoadedModel, vision_bytes: int = FEATURE_BYTES
+    ) -> tuple[LoadedModel, Dataset, SegmentFactory, Embedder]:
         """What a scorer with this network is made of; every call has caches of its own."""
         builder = PromptBuilder(loaded.tokenizer, PromptTemplate("chat"))
         vision = VisionCache(
