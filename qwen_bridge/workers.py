@@ -51,7 +51,7 @@ def build(settings: dict, dataset: Dataset | None = None) -> tuple[PromptScorer,
         torch.set_num_threads(threads)
     if dataset is None:
         dataset = open_dataset(settings["dataset"])
-    device = _device(settings["device"])
+    device = pick_device(settings["device"])
     dtype = settings["dtype"]
     if dtype == "auto":
         dtype = "float32" if device == "cpu" else "bfloat16"
@@ -110,7 +110,12 @@ def build(settings: dict, dataset: Dataset | None = None) -> tuple[PromptScorer,
     return scorer, hello
 
 
-def _device(name: str) -> str:
+def pick_device(name: str) -> str:
+    """The torch device of a flag `--device`: auto, cpu, cuda or cuda:N.
+
+    Raises:
+      InputError: it is none of them, or there is no GPU.
+    """
     if name == "auto":
         if not torch.cuda.is_available():
             return "cpu"
