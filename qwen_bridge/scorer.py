@@ -262,8 +262,12 @@ class ReferenceScorer(PromptScorer):
 
     def _one(self, request: PromptRequest, form) -> tuple[np.ndarray, np.ndarray]:
         inputs = self._inputs(request, form)
-        logits = self.model(**inputs, use_cache=False).logits[0].float()
-        rows = logits[-len(form) - 1 : -1]
+        logits = self.model(**inputs, use_cache=False).logits[0]
+        return self._read(logits[-len(form) - 1 : -1], form)
+
+    def _read(self, logits: torch.Tensor, form) -> tuple[np.ndarray, np.ndarray]:
+        """Log-probability and margin of each token of a form, from its logits `[L, vocabulary]`."""
+        rows = logits.float()
         targets = torch.tensor(form, device=self.device)[:, None]
         chosen = rows.gather(1, targets)
         others = rows.scatter(1, targets, float("-inf")).max(-1, keepdim=True).values
@@ -299,12 +303,15 @@ class ReferenceScorer(PromptScorer):
         ids = torch.from_numpy(ids)[None].to(self.device)
         image_tokens = ids == self.factory.builder.image_token
         examples = (*request.demonstrations, request.query)
-        images = [self.factory.vision.patches(example.image) for example in examples]
-        pixels = torch.from_numpy(np.concatenate([patches for patches, _ in images]))
+        images = [self._pixels(example.image) for example in examples]
         return {
             "input_ids": ids,
             "attention_mask": torch.ones_like(ids),
             "mm_token_type_ids": image_tokens.int(),
-            "pixel_values": pixels.to(self.device, self.dtype),
+            "pixel_values": torch.cat([pixels for pixels, _ in images]),
             "image_grid_thw": torch.tensor([grid for _, grid in images], device=self.device),
         }
+
+    def _pixels(self, image: str) -> tuple[torch.Tensor, tuple[int, int, int]]:
+        pixels, grid = self.factory.vision.patches(image)
+        return torch.from_numpy(pixels).to(self.device, self.dtype), grid

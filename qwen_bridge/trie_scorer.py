@@ -8,6 +8,7 @@ the reference scorer gives the same numbers up to float rounding.
 
 import dataclasses
 import itertools
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -20,17 +21,17 @@ from qwen_bridge.trie import levels, token_batches
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class _Row:
+class Row:
     """One row of a forward pass: tokens after a cached prefix.
 
     Attributes:
       prefix: the nodes before the row.
-      segment: the prompt segment that the row starts with.
-      branches: token lists, each of which continues the segment on its own.
+      segments: the prompt segments that the row starts with.
+      branches: token lists, each of which continues the last segment on its own.
     """
 
-    prefix: list[PrefixNode]
-    segment: PreparedSegment
+    prefix: Sequence[PrefixNode]
+    segments: tuple[PreparedSegment, ...]
     branches: tuple[tuple[int, ...], ...] = ()
 
     @property
@@ -41,8 +42,18 @@ class _Row:
     def start(self) -> int:
         return self.prefix[-1].next_position if self.prefix else 0
 
+    @property
+    def after(self) -> int:
+        """M-RoPE counter after the segments."""
+        return self.start + sum(segment.advance for segment in self.segments)
+
+    @property
+    def trunk(self) -> int:
+        """Tokens of the segments."""
+        return sum(map(len, self.segments))
+
     def __len__(self) -> int:
-        return len(self.segment) + sum(map(len, self.branches))
+        return self.trunk + sum(map(len, self.branches))
 
 
 class TrieScorer(PromptScorer):
@@ -61,15 +72,7 @@ class TrieScorer(PromptScorer):
 
     @torch.inference_mode()
     def _score_branches(self, requests: list[PromptRequest]) -> list[BranchScores]:
-        self._fill_cache(requests)
-        rows = [
-            _Row(
-                self.cache.path(request.path),
-                request.segments[-1],
-                tuple(form[:-1] for form in request.branches.forms),
-            )
-            for request in requests
-        ]
+        rows = self._prompt_rows(requests, branches=True)
         results: list[BranchScores | None] = [None] * len(rows)
         for batch in token_batches([len(row) for row in rows], self._batch_tokens):
             hidden, _ = self._forward([rows[i] for i in batch])
@@ -83,8 +86,7 @@ class TrieScorer(PromptScorer):
 
     @torch.inference_mode()
     def _generate(self, requests: list[PromptRequest]) -> list[Generated]:
-        self._fill_cache(requests)
-        rows = [_Row(self.cache.path(r.path), r.segments[-1]) for r in requests]
+        rows = self._prompt_rows(requests, branches=False)
         results: list[Generated | None] = [None] * len(rows)
         sizes = [row.prefix_length + len(row) + self.max_new_tokens for row in rows]
         for batch in token_batches(sizes, self._batch_tokens * 2):
@@ -92,6 +94,18 @@ class TrieScorer(PromptScorer):
                 results[i] = generated
         self.cache.trim()
         return results
+
+    def _prompt_rows(self, requests: list[PromptRequest], *, branches: bool) -> list[Row]:
+        """The last forward of every prompt: its query, and its answers where wanted."""
+        self._fill_cache(requests)
+        return [
+            Row(
+                self.cache.path(request.path),
+                (request.segments[-1],),
+                inputs_of(request.branches.forms) if branches else (),
+            )
+            for request in requests
+        ]
 
     def _fill_cache(self, requests: list[PromptRequest]) -> None:
         """Computes the missing prefix nodes, level by level."""
@@ -102,7 +116,7 @@ class TrieScorer(PromptScorer):
         }
         for level in levels((request.path for request in requests), self.cache):
             rows = [
-                _Row(self.cache.path(node[:-1]) if node else [], segments[node]) for node in level
+                Row(self.cache.path(node[:-1]) if node else [], (segments[node],)) for node in level
             ]
             for batch in token_batches([len(row) for row in rows], self._batch_tokens):
                 chosen = [rows[i] for i in batch]
@@ -116,26 +130,26 @@ class TrieScorer(PromptScorer):
                             for k, v in _layers(cache)
                         ]
                     )
-                    after = rows[i].start + rows[i].segment.advance
-                    self.cache.put(level[i], PrefixNode(kv, after))
+                    self.cache.put(level[i], PrefixNode(kv, rows[i].after))
 
-    def _forward(self, rows: list[_Row]) -> tuple[torch.Tensor, DynamicCache]:
+    def _forward(self, rows: list[Row]) -> tuple[torch.Tensor, DynamicCache]:
         """Runs rows over their prefixes; returns hidden states `[B, Q, H]` and the cache."""
         width = max(len(row) for row in rows)
         ids = np.zeros((len(rows), width), np.int64)
         positions = np.zeros((3, len(rows), width), np.int64)
         for i, row in enumerate(rows):
-            length = len(row.segment)
-            ids[i, :length] = row.segment.ids
-            positions[:, i, :length] = row.segment.positions + row.start
-            at, after = length, row.start + row.segment.advance
+            at, start = 0, row.start
+            for segment in row.segments:
+                ids[i, at : at + len(segment)] = segment.ids
+                positions[:, i, at : at + len(segment)] = segment.positions + start
+                at, start = at + len(segment), start + segment.advance
             for branch in row.branches:
                 ids[i, at : at + len(branch)] = branch
-                positions[:, i, at : at + len(branch)] = np.arange(len(branch)) + after
+                positions[:, i, at : at + len(branch)] = np.arange(len(branch)) + start
                 at += len(branch)
         embeds = self._embed_rows(torch.from_numpy(ids).to(self.device), rows)
         past, prefix_lengths = self._gather_prefixes(rows)
-        mask = torch.from_numpy(_mask(rows, prefix_lengths, width)).to(self.device)
+        mask = self._additive(torch.from_numpy(_mask(rows, prefix_lengths, width)))
         out = self.model.model.language_model(
             inputs_embeds=embeds,
             position_ids=torch.from_numpy(positions).to(self.device),
@@ -145,23 +159,28 @@ class TrieScorer(PromptScorer):
         )
         return out.last_hidden_state, out.past_key_values
 
-    def _embed_rows(self, ids: torch.Tensor, rows: list[_Row]) -> torch.Tensor:
+    def _additive(self, mask: torch.Tensor) -> torch.Tensor:
+        """0 where a token may look and -inf elsewhere: a mask of bools every layer would convert."""
+        mask = mask.to(self.device)
+        out = torch.zeros(mask.shape, dtype=self.dtype, device=self.device)
+        return out.masked_fill_(~mask, float("-inf"))
+
+    def _embed_rows(self, ids: torch.Tensor, rows: list[Row]) -> torch.Tensor:
         embeds = self.model.model.get_input_embeddings()(ids)
-        with_image = [
-            (i, row.segment) for i, row in enumerate(rows) if row.segment.image is not None
-        ]
-        if with_image:
-            features = torch.cat([segment.image for _, segment in with_image])
-            where = [
-                (i, segment.image_start + k)
-                for i, segment in with_image
-                for k in range(len(segment.image))
-            ]
-            row, column = torch.tensor(where, device=ids.device).T
-            embeds[row, column] = features.to(embeds.dtype)
+        features, places = [], []
+        for i, row in enumerate(rows):
+            at = i * ids.shape[1]
+            for segment in row.segments:
+                if segment.image is not None:
+                    features.append(segment.image)
+                    places.append(np.arange(len(segment.image)) + at + segment.image_start)
+                at += len(segment)
+        if features:
+            places = torch.from_numpy(np.concatenate(places)).to(ids.device)
+            embeds.view(-1, embeds.shape[-1])[places] = torch.cat(features).to(embeds.dtype)
         return embeds
 
-    def _gather_prefixes(self, rows: list[_Row]) -> tuple[DynamicCache, list[int]]:
+    def _gather_prefixes(self, rows: list[Row]) -> tuple[DynamicCache, list[int]]:
         """Lays the cached prefixes side by side, each padded on its right."""
         lengths = [row.prefix_length for row in rows]
         longest = max(lengths)
@@ -184,7 +203,7 @@ class TrieScorer(PromptScorer):
         """Reads token log-probabilities and margins of every branch off the hidden states."""
         places, targets, counts = [], [], []
         for i, (row, row_forms) in enumerate(zip(rows, forms)):
-            last, at = len(row.segment) - 1, len(row.segment)
+            last, at = row.trunk - 1, row.trunk
             for form in row_forms:
                 steps = len(form) - 1
                 places += [(i, last)] + [(i, at + k) for k in range(steps)]
@@ -210,7 +229,7 @@ class TrieScorer(PromptScorer):
         others = logits.scatter(1, targets[:, None], float("-inf")).max(-1).values
         return log_probs.double().cpu().numpy(), (chosen - others).double().cpu().numpy()
 
-    def _decode(self, rows: list[_Row]) -> list[Generated]:
+    def _decode(self, rows: list[Row]) -> list[Generated]:
         """Greedy decoding of a batch from its cached prefixes."""
         hidden, cache = self._forward(rows)
         lengths = torch.tensor([len(row) for row in rows], device=self.device)
@@ -222,10 +241,8 @@ class TrieScorer(PromptScorer):
         for i, row in enumerate(rows):
             seen[i, : row.prefix_length] = True
             seen[i, prefix : prefix + len(row)] = True
-        seen = seen.to(self.device)
-        position = torch.tensor(
-            [row.start + row.segment.advance for row in rows], device=self.device
-        )
+        seen = self._additive(seen)
+        position = torch.tensor([row.after for row in rows], device=self.device)
         tokens, log_probs = [], []
         done = torch.zeros(len(rows), dtype=torch.bool, device=self.device)
         for step in range(self.max_new_tokens):
@@ -236,7 +253,7 @@ class TrieScorer(PromptScorer):
             done = done | (token == self.end_of_turn)
             if step + 1 == self.max_new_tokens or bool(done.all()):
                 break
-            seen[:, width + step] = True
+            seen[:, width + step] = 0.0
             out = self.model.model.language_model(
                 inputs_embeds=self.model.model.get_input_embeddings()(token)[:, None],
                 position_ids=(position + step).expand(3, -1)[..., None],
@@ -253,13 +270,18 @@ class TrieScorer(PromptScorer):
         ]
 
 
+def inputs_of(forms) -> tuple[tuple[int, ...], ...]:
+    """What of each answer enters the network: all but its last token, which is only predicted."""
+    return tuple(form[:-1] for form in forms)
+
+
 def _layers(cache: DynamicCache):
     """Yields keys and values `[B, heads, L, head_dim]` of each layer."""
     for layer in cache.layers:
         yield layer.keys, layer.values
 
 
-def _mask(rows: list[_Row], prefix_lengths: list[int], width: int) -> np.ndarray:
+def _mask(rows: list[Row], prefix_lengths: list[int], width: int) -> np.ndarray:
     """Which keys each token may see: bool `[B, 1, Q, P + Q]`.
 
     The prefix, its own segment causally, and of the branches only its own, causally. Padding
@@ -271,7 +293,7 @@ def _mask(rows: list[_Row], prefix_lengths: list[int], width: int) -> np.ndarray
     mask[:, 0, diagonal, prefix + diagonal] = True
     for i, row in enumerate(rows):
         own = mask[i, 0]
-        length = len(row.segment)
+        length = row.trunk
         own[: len(row), : prefix_lengths[i]] = True
         own[:length, prefix : prefix + length] = np.tri(length, dtype=bool)
         own[length : len(row), prefix : prefix + length] = True
