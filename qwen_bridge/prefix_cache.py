@@ -78,5 +78,11 @@ class PrefixCache:
                 self._bytes -= node.bytes
                 self.evictions += 1
 
+    def clear(self) -> None:
+        """Forgets every node."""
+        self._shallow.clear()
+        self._deep.clear()
+        self._bytes = 0
+
     def _shelf(self, path: Path):
         return self._shallow if len(path) <= 1 else self._deep

@@ -19,6 +19,9 @@ from qwen_bridge.scorer import BranchScores, Generated, PromptRequest, PromptSco
 from qwen_bridge.segments import PreparedSegment
 from qwen_bridge.trie import levels, token_batches
 
+# A GPU wants large products; on a CPU activations beyond its caches cost more than they save.
+BATCH_TOKENS = {"cpu": 2048, "cuda": 16_384}
+
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Row:
@@ -60,13 +63,15 @@ class TrieScorer(PromptScorer):
     """Scores prompts over a trie of shared prefixes; see `PromptScorer` for the arguments.
 
     Args:
-      batch_tokens: tokens of a forward pass, padding included.
+      batch_tokens: tokens of a forward pass, padding included; None by device.
       cache_bytes: memory that cached prefixes may take.
     """
 
-    def __init__(self, *args, batch_tokens: int = 8192, cache_bytes: int = 1 << 30, **kwargs):
+    def __init__(
+        self, *args, batch_tokens: int | None = None, cache_bytes: int = 1 << 30, **kwargs
+    ):
         super().__init__(*args, **kwargs)
-        self._batch_tokens = batch_tokens
+        self._batch_tokens = batch_tokens or BATCH_TOKENS[self.device.type]
         self.cache = PrefixCache(cache_bytes)
         self._image_token = self.factory.builder.image_token
 
@@ -160,7 +165,7 @@ class TrieScorer(PromptScorer):
         return out.last_hidden_state, out.past_key_values
 
     def _additive(self, mask: torch.Tensor) -> torch.Tensor:
-        """0 where a token may look and -inf elsewhere: a mask of bools every layer would convert."""
+        """0 where a token may look, -inf elsewhere: of bools, every layer would make this anew."""
         mask = mask.to(self.device)
         out = torch.zeros(mask.shape, dtype=self.dtype, device=self.device)
         return out.masked_fill_(~mask, float("-inf"))
