@@ -8,7 +8,7 @@ oracle of the tests; `TrieScorer` (trie_scorer.py) is the one that work is done 
 
 import abc
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -16,8 +16,15 @@ import torch
 from qwen_bridge.embedder import Embedder
 from qwen_bridge.errors import InputError
 from qwen_bridge.loading import LoadedModel
+from qwen_bridge.out_of_memory import is_out_of_memory, release
 from qwen_bridge.prompts import PromptError
-from qwen_bridge.protocol import AnswerBatch, ScoreBatch, empty_answer, empty_score
+from qwen_bridge.protocol import (
+    OTHER_ANSWER,
+    AnswerBatch,
+    ScoreBatch,
+    empty_answer,
+    empty_score,
+)
 from qwen_bridge.segments import PreparedSegment, SegmentFactory
 from qwen_bridge.targets import AnswerBranches, answer_branches
 from qwen_bridge.vqa.accuracy import accuracy_normalized, accuracy_official_2021
@@ -40,6 +47,7 @@ class PromptRequest:
       path: their ids.
       segments: system, one a demonstration, query.
       branches: the query's ground truths as tokens.
+      known: other outputs, end included, that are tried as branches too; they enter no score.
     """
 
     query: Example
@@ -47,11 +55,17 @@ class PromptRequest:
     path: tuple[int, ...]
     segments: list[PreparedSegment]
     branches: AnswerBranches
+    known: tuple[tuple[int, ...], ...] = ()
+
+    @property
+    def forms(self) -> tuple[tuple[int, ...], ...]:
+        """All branches: the ground truths' forms, then the other outputs."""
+        return self.branches.forms + self.known
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class BranchScores:
-    """What the model says of each surface form of a query's ground truths.
+    """What the model says of each branch of a prompt: forms of ground truths, known outputs.
 
     Attributes:
       log_probs: float64 `[F]` sum of token log-probabilities, the end included, in nats.
@@ -96,6 +110,9 @@ class PromptScorer(abc.ABC):
       margin: lead in nats from which a greedy answer counts as certified; None by dtype.
       max_new_tokens: most tokens of a generated answer.
 
+    Attributes:
+      notes: what the user should hear; whoever reports them takes them out.
+
     Raises:
       InputError: an unknown `gt_prob`.
     """
@@ -122,6 +139,8 @@ class PromptScorer(abc.ABC):
         self.margin = DEFAULT_MARGIN[self.dtype] if margin is None else margin
         self._answer_weight, self._gt_prob = answer_weight, gt_prob
         self._branches: dict[int, AnswerBranches] = {}
+        self.notes: list[str] = []
+        self._ran_out = False
 
     @property
     def embedding_dim(self) -> int:
@@ -148,34 +167,106 @@ class PromptScorer(abc.ABC):
         Returns:
           `n` scores in the caller's order; a prompt that could not be scored has a reason.
         """
-        requests, reasons = self._requests(queries, pointers)
-        rows = sorted(requests)
-        scored = self._score_branches([requests[row] for row in rows]) if rows else []
-        width = max((len(requests[row].branches.texts) for row in rows), default=1)
+        done, reasons = self._in_memory(self._score_branches, queries, pointers)
+        width = max((len(request.branches.texts) for request, _ in done.values()), default=1)
         batch = empty_score(len(queries), width, reasons)
-        for row, branch_scores in zip(rows, scored):
-            self._fill_score(batch, row, requests[row], branch_scores)
+        for row, (request, branch_scores) in done.items():
+            self._fill_score(batch, row, request, branch_scores)
         return batch
 
     def answer(self, queries: np.ndarray, pointers: np.ndarray) -> AnswerBatch:
         """Generates greedily and judges the answers; arguments as for `score`."""
-        requests, reasons = self._requests(queries, pointers)
-        rows = sorted(requests)
-        generated = self._generate([requests[row] for row in rows]) if rows else []
+        done, reasons = self._in_memory(self._generate, queries, pointers)
         batch = empty_answer(len(queries), reasons)
-        for row, output in zip(rows, generated):
-            tokens = [t for t in output.tokens if t != self.end_of_turn]
-            text = self.tokenizer.decode(tokens, skip_special_tokens=True).strip()
-            self._fill_answer(batch, row, requests[row].query, text, float(np.exp(output.log_prob)))
+        for row, (request, output) in done.items():
+            text, confidence = self._text(output.tokens), float(np.exp(output.log_prob))
+            self._fill_answer(batch, row, request.query, text, confidence)
         return batch
 
     @abc.abstractmethod
-    def _score_branches(self, requests: list[PromptRequest]) -> list[BranchScores]:
-        """Log-probabilities of every answer branch of every prompt."""
+    def _score_branches(self, requests: list[PromptRequest]) -> list[BranchScores | PromptError]:
+        """Log-probabilities of every branch of every prompt, or why there are none."""
 
     @abc.abstractmethod
-    def _generate(self, requests: list[PromptRequest]) -> list[Generated]:
-        """Greedy answers of every prompt, of at most `max_new_tokens` tokens."""
+    def _generate(self, requests: list[PromptRequest]) -> list[Generated | PromptError]:
+        """Greedy answers of every prompt, of at most `max_new_tokens` tokens; or why not."""
+
+    def _known_outputs(self, query_id: int) -> tuple[tuple[int, ...], ...]:
+        """Outputs, end included, that other prompts of the query gave."""
+        return ()
+
+    def _limits(self) -> tuple[int, ...]:
+        """What bounds the memory of a batch, see `_halve_limits`."""
+        return (self.factory.vision.batch_patches,)
+
+    def _set_limits(self, limits: tuple[int, ...]) -> None:
+        (self.factory.vision.batch_patches,) = limits
+
+    def _halve_limits(self) -> str:
+        """Makes batches smaller from now on, and says how."""
+        vision = self.factory.vision
+        vision.batch_patches = max(1, vision.batch_patches // 2)
+        return f"the vision tower now takes {vision.batch_patches:,} patches at a time"
+
+    def _empty_caches(self) -> None:
+        self.factory.vision.kept.clear()
+
+    def _in_memory(
+        self, run: Callable[[list], list], queries, pointers
+    ) -> tuple[dict[int, tuple], dict[int, str]]:
+        """Runs prompts, in halves where memory runs out.
+
+        Batches stay smaller from then on. A prompt for which memory runs out even alone and with
+        empty caches is given up, and was to blame: batches are then as large as before.
+
+        Args:
+          run: requests to outcomes, a `PromptError` for those that cannot be done.
+          queries: int64 `[n]` query ids.
+          pointers: int64 `[n, S]` demonstration ids.
+
+        Returns:
+          By row, (request, outcome) of those done and the reasons of the others.
+        """
+        done: dict[int, tuple] = {}
+        reasons: dict[int, str] = {}
+        # Rows that wait, the limits before they ran out of memory first, and whether a single
+        # prompt has its second try.
+        waiting = [(np.arange(len(queries)), None, False)]
+        while waiting:
+            rows, before, again = waiting.pop()
+            try:
+                requests, refused = self._requests(queries[rows], pointers[rows])
+                outcomes = run(list(requests.values())) if requests else []
+            except (RuntimeError, MemoryError) as error:
+                if not is_out_of_memory(error):
+                    raise
+                why = str(error).strip().partition("\n")[0] or type(error).__name__
+            else:
+                reasons |= {int(rows[i]): reason for i, reason in refused.items()}
+                for (i, request), outcome in zip(requests.items(), outcomes):
+                    if isinstance(outcome, PromptError):
+                        reasons[int(rows[i])] = str(outcome)
+                    else:
+                        done[int(rows[i])] = (request, outcome)
+                continue
+            requests = outcomes = None  # Lets go of the features before they are needed again.
+            before = before or self._limits()
+            if again:
+                reasons[int(rows[0])] = f"out of memory for this prompt alone: {why}"
+                self._set_limits(before)
+            else:
+                self._ran_out_of_memory()
+                halves = np.array_split(rows, 2) if len(rows) > 1 else [rows]
+                waiting += [(half, before, len(rows) == 1) for half in reversed(halves)]
+            self._empty_caches()
+            release(self.device)
+        return dict(sorted(done.items())), reasons
+
+    def _ran_out_of_memory(self) -> None:
+        now = self._halve_limits()
+        if not self._ran_out:
+            self.notes.append(f"out of memory; going on with smaller batches: {now}")
+        self._ran_out = True
 
     def _requests(self, queries, pointers) -> tuple[dict[int, PromptRequest], dict[int, str]]:
         """Builds the prompts; a prompt that cannot be built gets a reason instead."""
@@ -199,7 +290,8 @@ class PromptScorer(abc.ABC):
                 reasons[row] = str(error)
                 continue
             path = tuple(demonstration.id for demonstration in demonstrations)
-            requests[row] = PromptRequest(query, demonstrations, path, segments, branches)
+            known = tuple(o for o in self._known_outputs(query.id) if o not in branches.forms)
+            requests[row] = PromptRequest(query, demonstrations, path, segments, branches, known)
         return requests, reasons
 
     def _check_length(self, segments, branches) -> None:
@@ -218,25 +310,28 @@ class PromptScorer(abc.ABC):
 
     def _fill_score(self, batch, row, request, scores: BranchScores) -> None:
         branches = request.branches
-        forms = (branches.form_answer, branches.weights)
-        gt_prob, answer_log_probs = combine_forms(scores.log_probs, *forms)
+        forms, count = (branches.form_answer, branches.weights), len(branches.forms)
+        gt_prob, answer_log_probs = combine_forms(scores.log_probs[:count], *forms)
         if self._gt_prob == "mean_token":
             # No probability, so only the score; the answers' log-probabilities stay what they are.
-            gt_prob, _ = combine_forms(scores.mean_log_probs, *forms)
+            gt_prob, _ = combine_forms(scores.mean_log_probs[:count], *forms)
         batch.gt_prob[row] = gt_prob
         batch.answer_log_probs[row, : len(answer_log_probs)] = answer_log_probs
+        batch.margin[row] = scores.margins[:count].max()
         best = int(np.argmax(scores.margins))
-        batch.margin[row] = scores.margins[best]
-        fits = len(branches.forms[best]) <= self.max_new_tokens
+        fits = len(request.forms[best]) <= self.max_new_tokens
         if scores.margins[best] >= self.margin and fits:
-            batch.certified[row] = branches.form_answer[best]
-            self._fill_answer(
-                batch,
-                row,
-                request.query,
-                branches.form_texts[best],
-                float(np.exp(scores.log_probs[best])),
-            )
+            right = best < count
+            batch.certified[row] = branches.form_answer[best] if right else OTHER_ANSWER
+            batch.margin[row] = scores.margins[best]
+            text = branches.form_texts[best] if right else self._text(request.forms[best])
+            confidence = float(np.exp(scores.log_probs[best]))
+            self._fill_answer(batch, row, request.query, text, confidence)
+
+    def _text(self, tokens: Sequence[int]) -> str:
+        """What an output says; its end does not count."""
+        words = [token for token in tokens if token != self.end_of_turn]
+        return self.tokenizer.decode(words, skip_special_tokens=True).strip()
 
     def _fill_answer(self, batch, row, query: Example, text: str, confidence: float) -> None:
         batch.texts[row] = text

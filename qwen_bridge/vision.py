@@ -132,6 +132,7 @@ class VisionCache:
       cache_bytes: memory of the features kept from one request to the next.
 
     Attributes:
+      batch_patches: as given; may be changed between requests.
       kept: the features kept, by image key.
     """
 
@@ -144,7 +145,7 @@ class VisionCache:
         cache_bytes: int = 2 << 30,
     ):
         self._visual, self._processor, self._load = visual, image_processor, load_image
-        self._batch_patches = batch_patches
+        self.batch_patches = batch_patches
         self.kept = RecentlyUsed(cache_bytes)
         self._failed: dict[str, str] = {}
 
@@ -204,7 +205,7 @@ class VisionCache:
                 continue
             batch.append((key, *read))
             patches += len(read[0])
-            if patches >= self._batch_patches:
+            if patches >= self.batch_patches:
                 yield batch
                 batch, patches = [], 0
         if batch:
