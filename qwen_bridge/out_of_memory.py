@@ -22,7 +22,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def release(device: torch.device) -> None:
-    """Hands memory that nothing refers to any more back to the device."""
-    gc.collect()
+    """Hands memory of a GPU that nothing refers to any more back to it."""
     if device.type == "cuda":
+        gc.collect()
         torch.cuda.empty_cache()

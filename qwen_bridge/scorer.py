@@ -35,6 +35,10 @@ GT_PROB_MODES = ("product", "mean_token")
 # Greedy decoding is certified where the arg-max leads by this many nats.
 DEFAULT_MARGIN = {torch.float32: 1e-3, torch.bfloat16: 0.25}
 MAX_NEW_TOKENS = 10
+_RAN_OUT = (
+    "out of memory: going on with batches of half the size; a lower --batch_tokens, --cache_mib "
+    "or --max_pixels avoids the second try"
+)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -140,7 +144,7 @@ class PromptScorer(abc.ABC):
         self._answer_weight, self._gt_prob = answer_weight, gt_prob
         self._branches: dict[int, AnswerBranches] = {}
         self.notes: list[str] = []
-        self._ran_out = False
+        self._said: set[str] = set()
 
     @property
     def embedding_dim(self) -> int:
@@ -196,17 +200,15 @@ class PromptScorer(abc.ABC):
         return ()
 
     def _limits(self) -> tuple[int, ...]:
-        """What bounds the memory of a batch, see `_halve_limits`."""
+        """What bounds the memory of a batch, see `_shrink`."""
         return (self.factory.vision.batch_patches,)
 
     def _set_limits(self, limits: tuple[int, ...]) -> None:
         (self.factory.vision.batch_patches,) = limits
 
-    def _halve_limits(self) -> str:
-        """Makes batches smaller from now on, and says how."""
-        vision = self.factory.vision
-        vision.batch_patches = max(1, vision.batch_patches // 2)
-        return f"the vision tower now takes {vision.batch_patches:,} patches at a time"
+    def _shrink(self) -> bool:
+        """Makes batches smaller from now on; whether that may help a prompt alone, too."""
+        return self.factory.vision.shrink()
 
     def _empty_caches(self) -> None:
         self.factory.vision.kept.clear()
@@ -241,6 +243,7 @@ class PromptScorer(abc.ABC):
                 if not is_out_of_memory(error):
                     raise
                 why = str(error).strip().partition("\n")[0] or type(error).__name__
+                self._say_once(_RAN_OUT)
             else:
                 reasons |= {int(rows[i]): reason for i, reason in refused.items()}
                 for (i, request), outcome in zip(requests.items(), outcomes):
@@ -251,22 +254,21 @@ class PromptScorer(abc.ABC):
                 continue
             requests = outcomes = None  # Lets go of the features before they are needed again.
             before = before or self._limits()
-            if again:
+            hope = self._shrink()
+            if again and not hope:
                 reasons[int(rows[0])] = f"out of memory for this prompt alone: {why}"
                 self._set_limits(before)
             else:
-                self._ran_out_of_memory()
                 halves = np.array_split(rows, 2) if len(rows) > 1 else [rows]
                 waiting += [(half, before, len(rows) == 1) for half in reversed(halves)]
             self._empty_caches()
             release(self.device)
         return dict(sorted(done.items())), reasons
 
-    def _ran_out_of_memory(self) -> None:
-        now = self._halve_limits()
-        if not self._ran_out:
-            self.notes.append(f"out of memory; going on with smaller batches: {now}")
-        self._ran_out = True
+    def _say_once(self, note: str) -> None:
+        if note not in self._said:
+            self._said.add(note)
+            self.notes.append(note)
 
     def _requests(self, queries, pointers) -> tuple[dict[int, PromptRequest], dict[int, str]]:
         """Builds the prompts; a prompt that cannot be built gets a reason instead."""

@@ -106,15 +106,13 @@ class TrieScorer(PromptScorer):
         *rest, self._batch_tokens, self.cache.budget = limits
         super()._set_limits(tuple(rest))
 
-    def _halve_limits(self) -> str:
-        super()._halve_limits()
-        self._batch_tokens = max(1, self._batch_tokens // 2)
+    def _shrink(self) -> bool:
         if self.cache.bytes > self.cache.budget // 2:  # It may have been what filled the memory.
             self.cache.budget //= 2
-        return (
-            f"forward passes now take {self._batch_tokens:,} tokens and cached prefixes "
-            f"{self.cache.budget >> 20:,} MiB; --batch_tokens and --cache_mib set them"
-        )
+        if super()._shrink():
+            return True
+        self._batch_tokens = max(1, self._batch_tokens // 2)
+        return False
 
     def _empty_caches(self) -> None:
         self.cache.clear()

@@ -20,7 +20,7 @@ def scorer(make_scorer):
     scorer._set_limits(fresh)
     scorer._empty_caches()
     scorer.notes.clear()
-    scorer._ran_out = False
+    scorer._said.clear()
     yield scorer
     scorer._set_limits(fresh)
 
@@ -81,7 +81,7 @@ def test_batches_are_halved_until_they_go_through(scorer, starve, make_scorer, e
     assert not scorer.answer(more, shown).reasons
     assert len(failures) == seen
     assert len(scorer.notes) == 1
-    assert scorer.notes[0].startswith("out of memory; going on with smaller batches")
+    assert scorer.notes[0].startswith("out of memory: going on with batches of half the size")
 
 
 def test_a_prompt_that_never_fits_is_given_up_alone(scorer, starve, make_scorer):
@@ -126,7 +126,22 @@ def test_the_vision_tower_may_run_out_too(scorer, starve):
     scores = scorer.score(queries, pointers)
     np.testing.assert_allclose(scores.gt_prob, expected.gt_prob, atol=1e-5)
     assert failures
-    assert scorer.factory.vision.batch_patches < 16_384
+    assert scorer.factory.vision.batch_patches <= 16
+    assert scorer._batch_tokens == 1024  # The language model was not to blame.
+    # An image that fails alone fails its prompts, and no others.
+    scorer._empty_caches()
+    bad = scorer.dataset.example("query", int(queries[0])).image
+    pixels = scorer.factory.vision.patches(bad)[0]
+
+    def shows(given, **kwargs):
+        return any(np.array_equal(part, pixels) for part in given.split(len(pixels)))
+
+    starve(scorer.model.model.visual, torch.OutOfMemoryError("CUDA"), shows)
+    scores = scorer.score(queries, pointers)
+    same = [
+        row for row, q in enumerate(queries) if scorer.dataset.example("query", int(q)).image == bad
+    ]
+    assert sorted(scores.reasons) == same
 
 
 def test_the_reference_gives_up_one_prompt_and_not_the_rest(make_scorer, starve):
