@@ -1,8 +1,8 @@
 """A scorer without a model: every number is a hash of the prompt. It can be told to misbehave.
 
 Settings: `embedding_dim`; `hello`, more fields for the hello; `unscorable`, query ids that come
-back with a reason; `delay_s` a batch; `note`, said with every result; `build`, an error while building ("input_error", "raise",
-"exit", "hang"); and `faults`, a list of dicts:
+back with a reason; `delay_s` a batch; `note`, said with every result; `build`, an error while
+building ("input_error", "raise", "exit", "hang"); and `faults`, a list of dicts:
 
   fault: crash_before | crash_during | crash_after | hang | wrong_shape | wrong_rows | nan | slow
     | raise | input_error | out_of_memory | not_a_batch
