@@ -16,7 +16,7 @@ import torch
 from qwen_bridge.embedder import Embedder
 from qwen_bridge.errors import InputError
 from qwen_bridge.loading import LoadedModel
-from qwen_bridge.out_of_memory import is_out_of_memory, release
+from qwen_bridge.out_of_memory import in_halves
 from qwen_bridge.prompts import PromptError
 from qwen_bridge.protocol import (
     OTHER_ANSWER,
@@ -25,6 +25,7 @@ from qwen_bridge.protocol import (
     empty_answer,
     empty_score,
 )
+from qwen_bridge.recent import RecentlyUsed
 from qwen_bridge.segments import PreparedSegment, SegmentFactory
 from qwen_bridge.targets import AnswerBranches, answer_branches
 from qwen_bridge.vqa.accuracy import accuracy_normalized, accuracy_official_2021
@@ -35,6 +36,7 @@ GT_PROB_MODES = ("product", "mean_token")
 # Greedy decoding is certified where the arg-max leads by this many nats.
 DEFAULT_MARGIN = {torch.float32: 1e-3, torch.bfloat16: 0.25}
 MAX_NEW_TOKENS = 10
+_QUERIES_KEPT = 4096  # whose ground truths are kept as tokens
 _RAN_OUT = (
     "out of memory: going on with batches of half the size; a lower --batch_tokens, --cache_mib "
     "or --max_pixels avoids the second try"
@@ -142,9 +144,9 @@ class PromptScorer(abc.ABC):
         self.max_new_tokens = max_new_tokens
         self.margin = DEFAULT_MARGIN[self.dtype] if margin is None else margin
         self._answer_weight, self._gt_prob = answer_weight, gt_prob
-        self._branches: dict[int, AnswerBranches] = {}
+        self._branches = RecentlyUsed(_QUERIES_KEPT)
         self.notes: list[str] = []
-        self._said: set[str] = set()
+        self._ran_out = False
 
     @property
     def embedding_dim(self) -> int:
@@ -171,7 +173,7 @@ class PromptScorer(abc.ABC):
         Returns:
           `n` scores in the caller's order; a prompt that could not be scored has a reason.
         """
-        done, reasons = self._in_memory(self._score_branches, queries, pointers)
+        done, reasons = self._settle(self._score_branches, queries, pointers)
         width = max((len(request.branches.texts) for request, _ in done.values()), default=1)
         batch = empty_score(len(queries), width, reasons)
         for row, (request, branch_scores) in done.items():
@@ -180,7 +182,7 @@ class PromptScorer(abc.ABC):
 
     def answer(self, queries: np.ndarray, pointers: np.ndarray) -> AnswerBatch:
         """Generates greedily and judges the answers; arguments as for `score`."""
-        done, reasons = self._in_memory(self._generate, queries, pointers)
+        done, reasons = self._settle(self._generate, queries, pointers)
         batch = empty_answer(len(queries), reasons)
         for row, (request, output) in done.items():
             text, confidence = self._text(output.tokens), float(np.exp(output.log_prob))
@@ -199,76 +201,48 @@ class PromptScorer(abc.ABC):
         """Outputs, end included, that other prompts of the query gave."""
         return ()
 
-    def _limits(self) -> tuple[int, ...]:
-        """What bounds the memory of a batch, see `_shrink`."""
+    def limits(self) -> tuple[int, ...]:
+        """What bounds the memory of a batch, see `shrink`."""
         return (self.factory.vision.batch_patches,)
 
-    def _set_limits(self, limits: tuple[int, ...]) -> None:
+    def set_limits(self, limits: tuple[int, ...]) -> None:
+        """Bounds batches as they were when `limits` returned this."""
         (self.factory.vision.batch_patches,) = limits
 
-    def _shrink(self) -> bool:
-        """Makes batches smaller from now on; whether that may help a prompt alone, too."""
+    def shrink(self) -> bool:
+        """Makes batches smaller, memory having run out; whether that may help a prompt alone."""
+        if not self._ran_out:
+            self.notes.append(_RAN_OUT)
+        self._ran_out = True
         return self.factory.vision.shrink()
 
-    def _empty_caches(self) -> None:
+    def empty_caches(self) -> None:
+        """Forgets what can be computed again."""
         self.factory.vision.kept.clear()
 
-    def _in_memory(
+    def _settle(
         self, run: Callable[[list], list], queries, pointers
     ) -> tuple[dict[int, tuple], dict[int, str]]:
         """Runs prompts, in halves where memory runs out.
 
-        Batches stay smaller from then on. A prompt for which memory runs out even alone and with
-        empty caches is given up, and was to blame: batches are then as large as before.
-
-        Args:
-          run: requests to outcomes, a `PromptError` for those that cannot be done.
-          queries: int64 `[n]` query ids.
-          pointers: int64 `[n, S]` demonstration ids.
-
         Returns:
-          By row, (request, outcome) of those done and the reasons of the others.
+          By row, (request, outcome) of those done, the request without its segments, which would
+          keep the images' features in memory; and the reasons of the others.
         """
-        done: dict[int, tuple] = {}
-        reasons: dict[int, str] = {}
-        # Rows that wait, the limits before they ran out of memory first, and whether a single
-        # prompt has its second try.
-        waiting = [(np.arange(len(queries)), None, False)]
-        while waiting:
-            rows, before, again = waiting.pop()
-            try:
-                requests, refused = self._requests(queries[rows], pointers[rows])
-                outcomes = run(list(requests.values())) if requests else []
-            except (RuntimeError, MemoryError) as error:
-                if not is_out_of_memory(error):
-                    raise
-                why = str(error).strip().partition("\n")[0] or type(error).__name__
-                self._say_once(_RAN_OUT)
-            else:
-                reasons |= {int(rows[i]): reason for i, reason in refused.items()}
-                for (i, request), outcome in zip(requests.items(), outcomes):
-                    if isinstance(outcome, PromptError):
-                        reasons[int(rows[i])] = str(outcome)
-                    else:
-                        done[int(rows[i])] = (request, outcome)
-                continue
-            requests = outcomes = None  # Lets go of the features before they are needed again.
-            before = before or self._limits()
-            hope = self._shrink()
-            if again and not hope:
-                reasons[int(rows[0])] = f"out of memory for this prompt alone: {why}"
-                self._set_limits(before)
-            else:
-                halves = np.array_split(rows, 2) if len(rows) > 1 else [rows]
-                waiting += [(half, before, len(rows) == 1) for half in reversed(halves)]
-            self._empty_caches()
-            release(self.device)
-        return dict(sorted(done.items())), reasons
 
-    def _say_once(self, note: str) -> None:
-        if note not in self._said:
-            self._said.add(note)
-            self.notes.append(note)
+        def attempt(rows: np.ndarray) -> list:
+            requests, refused = self._requests(queries[rows], pointers[rows])
+            found: dict[int, object] = {i: PromptError(why) for i, why in refused.items()}
+            for (i, request), outcome in zip(requests.items(), run(list(requests.values()))):
+                failed = isinstance(outcome, PromptError)
+                done = (dataclasses.replace(request, segments=[]), outcome)
+                found[i] = outcome if failed else done
+            return [found[i] for i in range(len(rows))]
+
+        outcomes = dict(enumerate(in_halves(len(queries), attempt, self)))
+        failed = {row: o for row, o in outcomes.items() if isinstance(o, PromptError)}
+        done = {row: o for row, o in outcomes.items() if row not in failed}
+        return done, {row: str(why) for row, why in failed.items()}
 
     def _requests(self, queries, pointers) -> tuple[dict[int, PromptRequest], dict[int, str]]:
         """Builds the prompts; a prompt that cannot be built gets a reason instead."""
@@ -304,11 +278,11 @@ class PromptScorer(abc.ABC):
             raise PromptError(f"the prompt has {length} tokens; the model's context is {limit}")
 
     def _branches_of(self, query: Example) -> AnswerBranches:
-        if query.id not in self._branches:
-            self._branches[query.id] = answer_branches(
-                query.answers, self.factory.builder, self._answer_weight
-            )
-        return self._branches[query.id]
+        found = self._branches.get(query.id)
+        if found is None:
+            found = answer_branches(query.answers, self.factory.builder, self._answer_weight)
+            self._branches.put(query.id, found, 1)
+        return found
 
     def _fill_score(self, batch, row, request, scores: BranchScores) -> None:
         branches = request.branches

@@ -99,24 +99,28 @@ class TrieScorer(PromptScorer):
     def _known_outputs(self, query_id: int) -> tuple[tuple[int, ...], ...]:
         return self.known.of(query_id)
 
-    def _limits(self) -> tuple[int, ...]:
-        return (*super()._limits(), self._batch_tokens, self.cache.budget)
+    def limits(self) -> tuple[int, ...]:
+        """See the base class."""
+        return (*super().limits(), self._batch_tokens, self.cache.budget)
 
-    def _set_limits(self, limits: tuple[int, ...]) -> None:
+    def set_limits(self, limits: tuple[int, ...]) -> None:
+        """See the base class."""
         *rest, self._batch_tokens, self.cache.budget = limits
-        super()._set_limits(tuple(rest))
+        super().set_limits(tuple(rest))
 
-    def _shrink(self) -> bool:
+    def shrink(self) -> bool:
+        """See the base class."""
         if self.cache.bytes > self.cache.budget // 2:  # It may have been what filled the memory.
             self.cache.budget //= 2
-        if super()._shrink():
+        if super().shrink():
             return True
         self._batch_tokens = max(1, self._batch_tokens // 2)
         return False
 
-    def _empty_caches(self) -> None:
+    def empty_caches(self) -> None:
+        """See the base class."""
         self.cache.clear()
-        super()._empty_caches()
+        super().empty_caches()
 
     @torch.inference_mode()
     def _by_chunks(self, requests: list[PromptRequest], run: Callable[[list], list]) -> list:

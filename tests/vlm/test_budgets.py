@@ -138,8 +138,8 @@ def test_batches_bound_the_keys_they_gather():
 def watched(make_scorer, monkeypatch):
     """A scorer with small batches that notes the most bytes its prefixes ever take."""
     scorer = make_scorer(cache_mib=2, batch_tokens=512)
-    scorer._set_limits((scorer.factory.vision.batch_patches, 512, 2 << 20))
-    scorer._empty_caches()
+    scorer.set_limits((scorer.factory.vision.batch_patches, 512, 2 << 20))
+    scorer.empty_caches()
     peak = types.SimpleNamespace(bytes=0)
     put = type(scorer.cache).put
 
@@ -159,7 +159,7 @@ def test_prefixes_keep_to_the_budget_within_a_request_too(watched, make_scorer):
     assert sum(prefix_bytes(scorer, request) for request in requests) > 4 * largest
     expected = make_scorer(scorer="reference").score(queries, pointers)
     for budget in (largest, 3 * largest):
-        scorer._empty_caches()
+        scorer.empty_caches()
         scorer.cache.budget, peak.bytes = budget, 0
         for _ in range(2):
             assert_scores_agree(scorer.score(queries, pointers), expected)
@@ -191,8 +191,8 @@ def test_a_prompt_beyond_the_budget_is_refused_alone(watched, make_scorer):
 @pytest.mark.slow
 def test_ten_thousand_candidates_leave_memory_flat(make_scorer):
     """A pool for each query, so that nearly every prefix is new; both caches are full early."""
-    config = {"kind": "digits", "seed": 0, "bank": 3000, "train": 100, "eval": 10}
-    scorer = make_scorer(dataset=config, cache_mib=8, vision_cache_mib=1)
+    config = {"kind": "digits", "seed": 0, "bank": 600, "train": 100, "eval": 10}
+    scorer = make_scorer(dataset=config, cache_mib=4, vision_cache_mib=0)
     rng = np.random.default_rng(0)
     bank = np.array([example.id for example in scorer.dataset.bank])
     resident = []
@@ -204,7 +204,7 @@ def test_ten_thousand_candidates_leave_memory_flat(make_scorer):
         with open("/proc/self/statm") as file:
             resident.append(int(file.read().split()[1]) * 4096)
     assert scorer.cache.evictions > 1000
-    assert scorer.cache.bytes <= 8 << 20
+    assert scorer.cache.bytes <= 4 << 20
     growth = max(resident[25:]) - max(resident[:25])
     print(f"resident {resident[24] / 2**20:.0f} MiB after 2,500, grown by {growth / 2**20:.1f}")
     assert growth < 16 << 20

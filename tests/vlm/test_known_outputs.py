@@ -115,8 +115,8 @@ def test_rounds_of_a_query_cost_fewer_tokens(fresh):
                 generated += len(rest)
         totals[limit] = {**counts, "generated": generated}
     print(f"three rounds: {totals[0]} without, {totals[4]} with known outputs")
-    assert totals[4]["generated"] < 0.6 * totals[0]["generated"]
-    assert totals[4]["steps"] < 0.6 * totals[0]["steps"]
+    assert totals[4]["generated"] < 0.75 * totals[0]["generated"]
+    assert totals[4]["steps"] < 0.75 * totals[0]["steps"]
     # An image is one token here; where it is 150, a prompt generated costs that much more.
     assert totals[4]["tokens"] < totals[0]["tokens"]
 

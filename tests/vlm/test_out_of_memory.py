@@ -17,12 +17,12 @@ def scorer(make_scorer):
     """A scorer as if new."""
     scorer = make_scorer(cache_mib=8, batch_tokens=1024)
     fresh = (16_384, 1024, 8 << 20)
-    scorer._set_limits(fresh)
-    scorer._empty_caches()
+    scorer.set_limits(fresh)
+    scorer.empty_caches()
     scorer.notes.clear()
-    scorer._said.clear()
+    scorer._ran_out = False
     yield scorer
-    scorer._set_limits(fresh)
+    scorer.set_limits(fresh)
 
 
 @pytest.fixture
@@ -117,7 +117,7 @@ def test_a_prompt_that_never_fits_is_given_up_alone(scorer, starve, make_scorer)
 def test_the_vision_tower_may_run_out_too(scorer, starve):
     queries, pointers = random_prompts(scorer, 24, seed=34)
     expected = scorer.score(queries, pointers)
-    scorer._empty_caches()
+    scorer.empty_caches()
 
     def large(pixels, **kwargs):
         return len(pixels) > 16
@@ -129,7 +129,7 @@ def test_the_vision_tower_may_run_out_too(scorer, starve):
     assert scorer.factory.vision.batch_patches <= 16
     assert scorer._batch_tokens == 1024  # The language model was not to blame.
     # An image that fails alone fails its prompts, and no others.
-    scorer._empty_caches()
+    scorer.empty_caches()
     bad = scorer.dataset.example("query", int(queries[0])).image
     pixels = scorer.factory.vision.patches(bad)[0]
 
