@@ -20,11 +20,12 @@ from experiments.planned_data import planned_data
 from experiments.workload import Phase, RunConfig, Work, mining_phases, training_phases
 from lever_jax.errors import InputError
 from qwen_bridge import cost
-from qwen_bridge.devices import DEVICES
+from qwen_bridge.devices import DEVICES, Device
 from qwen_bridge.grids import check_pixels, image_grid
 from qwen_bridge.hub import TINY_QWEN, hub_id, resolve_config
-from qwen_bridge.memory import worker_memory
+from qwen_bridge.memory import CONTEXT_BYTES, cache_budgets, forward_bound, worker_memory
 from qwen_bridge.shape import PUBLISHED, ModelShape
+from qwen_bridge.trie import KEYS_PER_TOKEN
 
 PUBLISHED_PIXELS = (3136, 12_845_056)  # preprocessor_config.json of the published checkpoints
 BANDWIDTH_SHARE = 0.6  # of a GPU's memory bandwidth, while it decodes
@@ -67,16 +68,17 @@ def make_plan(phases: str = "train", *, look: bool = True) -> dict[str, Any]:
     rows = [pricer.embedding(data.bank, data.bank_images, queries)]
     rows += [pricer.phase(phase, data.bank_images) for phase in work]
     scored = [sum(row["scored"][i] for row in rows) for i in (0, 1)]
+    device = DEVICES[settings.PLAN_DEVICE.value]
+    prefix_bytes, feature_bytes = _budgets(shape, device, pricer.value_bytes)
     memory = worker_memory(
         shape,
         lengths,
         shots=max(run.shots, *run.evaluation.shots),
         batch_tokens=settings.BATCH_TOKENS.value,
-        cache_bytes=settings.CACHE_MIB.value << 20,
-        feature_bytes=settings.VISION_CACHE_MIB.value << 20,
+        cache_bytes=prefix_bytes,
+        feature_bytes=feature_bytes,
         value_bytes=pricer.value_bytes,
     )
-    device = DEVICES[settings.PLAN_DEVICE.value]
     return {
         "model": {
             "name": model or "embedded",
@@ -245,12 +247,29 @@ class _Pricer:
     def _decode_seconds(self, work: Work, prompts: float) -> float:
         """Time that decoding takes beyond its FLOPs: every step of a batch reads all weights."""
         length = self._lengths.prefix(work.shots) + self._lengths.query
-        steps = settings.MAX_NEW_TOKENS.value
-        fits = 2 * settings.BATCH_TOKENS.value / (length + steps) if self._fast else 1
+        steps, tokens = settings.MAX_NEW_TOKENS.value, settings.BATCH_TOKENS.value
+        fits = min(tokens / self._lengths.query, KEYS_PER_TOKEN * tokens / length)
+        fits = fits if self._fast else 1
         batch = max(1, min(fits, settings.SCORE_BATCH.value))
         weights = self._shape.language_parameters * self.value_bytes / batch
         keys = length * self._shape.kv_values * self.value_bytes
         return prompts * steps * (weights + keys) / (self._device.bandwidth * BANDWIDTH_SHARE)
+
+
+def _budgets(shape: ModelShape, device: Device, value_bytes: int) -> tuple[int, int]:
+    """Bytes of cached prefixes and image features, as a worker on the device would choose them."""
+    forward = forward_bound(
+        shape, batch_tokens=settings.BATCH_TOKENS.value, value_bytes=value_bytes
+    )
+    asked = (settings.CACHE_MIB.value, settings.VISION_CACHE_MIB.value)
+    prefix, features = (None if mib == "auto" else mib << 20 for mib in asked)
+    return cache_budgets(
+        max(0.0, device.memory - shape.parameters * value_bytes - CONTEXT_BYTES),
+        forward,
+        prefix=prefix,
+        features=features,
+        gpu=settings.PLAN_DEVICE.value != "cpu",
+    )
 
 
 def _nodes(work: Work, prompts: float) -> list[float]:

@@ -34,6 +34,33 @@ FLAGS = flags.FLAGS
 PHASES = ("warmup", "rce", "grpo")
 _DATASETS = ("digits", "official", "jsonl")
 
+
+class _MibParser(flags.ArgumentParser):
+    """`auto`, or a number of MiB."""
+
+    def __init__(self, lower_bound: int):
+        self._number = flags.IntegerParser(lower_bound=lower_bound)
+        self.syntactic_help = f"auto, or an integer of at least {lower_bound}"
+
+    def parse(self, argument):
+        """See the base class; what it raises becomes one line that names the flag."""
+        if argument == "auto":
+            return argument
+        try:
+            return self._number.parse(argument)
+        except ValueError:
+            raise ValueError(f"it must be {self.syntactic_help}") from None
+
+    def flag_type(self) -> str:
+        """For the help."""
+        return "auto or integer"
+
+
+def _define_mib(name: str, help: str, lower_bound: int):
+    parser, serializer = _MibParser(lower_bound), flags.ArgumentSerializer()
+    return flags.DEFINE(parser, name, "auto", help, serializer=serializer)
+
+
 WORKDIR = flags.DEFINE_string("workdir", "runs/digits", "Folder of everything a run writes.")
 SEED = flags.DEFINE_integer(
     "seed",
@@ -119,11 +146,11 @@ SCORE_BATCH = flags.DEFINE_integer(
 BATCH_TOKENS = flags.DEFINE_integer(
     "batch_tokens", 8192, "Tokens of a forward pass of the VLM.", lower_bound=1
 )
-CACHE_MIB = flags.DEFINE_integer(
-    "cache_mib", 1024, "Memory of cached prompt prefixes, MiB.", lower_bound=0
+CACHE_MIB = _define_mib(
+    "cache_mib", "Memory of cached prompt prefixes, MiB; auto: by what the device has free.", 1
 )
-VISION_CACHE_MIB = flags.DEFINE_integer(
-    "vision_cache_mib", 2048, "Memory of cached image features, MiB.", lower_bound=0
+VISION_CACHE_MIB = _define_mib(
+    "vision_cache_mib", "Memory of cached image features, MiB; auto: likewise.", 0
 )
 DEADLINE_S = flags.DEFINE_float(
     "deadline_s", 600.0, "A request that takes longer has hung.", lower_bound=0.001

@@ -139,7 +139,7 @@ class ScoringService:
                 record.gt_prob = float(batch.gt_prob[row])
                 record.answer_log_probs = log_probs[np.isfinite(log_probs)]
                 record.margin = float(batch.margin[row])
-                if batch.certified[row] >= 0:
+                if batch.certified[row] != -1:  # Also where it is proven, and wrong.
                     record.certified = batch.texts[row]
                     _set_answer(record, batch, row, "verified")
                     self.counts.verified += 1

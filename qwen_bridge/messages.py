@@ -136,6 +136,7 @@ class Result:
       seconds: how long the scorer took.
       texts: one string a row; none for embed.
       reasons: [row, why] for each row that could not be done.
+      notes: lines that the user should read once.
     """
 
     tag: ClassVar[str] = "result"
@@ -146,6 +147,7 @@ class Result:
     seconds: float
     texts: list
     reasons: list
+    notes: list
 
     def __post_init__(self):
         _range("job", self.job, 0, 2**63 - 1)
@@ -154,8 +156,9 @@ class Result:
         _range("columns", self.columns, 0, MAX_EMBEDDING_DIM)
         if not (math.isfinite(self.seconds) and self.seconds >= 0):
             raise ProtocolError(f"result: seconds is {self.seconds}")
-        if not {str}.issuperset(map(type, self.texts)):
-            raise ProtocolError("result: texts holds something that is not a string")
+        for name in ("texts", "notes"):
+            if not {str}.issuperset(map(type, getattr(self, name))):
+                raise ProtocolError(f"result: {name} holds something that is not a string")
         for pair in self.reasons:
             if type(pair) is not list or [type(item) for item in pair] != [int, str]:
                 raise ProtocolError(f"result: reasons holds {pair!r:.80}, not [row, why]")

@@ -6,6 +6,7 @@ used nodes go first, deep ones before those of depth 0 and 1, which most prompts
 
 import collections
 import dataclasses
+from collections.abc import Collection
 
 import torch
 
@@ -34,7 +35,12 @@ class PrefixCache:
     """Nodes by path, least recently used first to go.
 
     Args:
-      budget: bytes that nodes may hold once a batch is done.
+      budget: bytes that nodes may hold, see `make_room`.
+
+    Attributes:
+      evictions: how many nodes were evicted.
+      hits: how many nodes of the prompts' prefixes were there already.
+      misses: how many had to be computed.
     """
 
     def __init__(self, budget: int):
@@ -42,7 +48,7 @@ class PrefixCache:
         self._shallow: collections.OrderedDict[Path, PrefixNode] = collections.OrderedDict()
         self._deep: collections.OrderedDict[Path, PrefixNode] = collections.OrderedDict()
         self._bytes = 0
-        self.evictions = 0
+        self.evictions = self.hits = self.misses = 0
 
     def __contains__(self, path: Path) -> bool:
         return path in self._shelf(path)
@@ -56,7 +62,7 @@ class PrefixCache:
         return self._bytes
 
     def put(self, path: Path, node: PrefixNode) -> None:
-        """Adds a node; nothing is evicted before `trim`."""
+        """Adds a node; nothing is evicted, see `make_room`."""
         self._shelf(path)[path] = node
         self._bytes += node.bytes
 
@@ -70,12 +76,18 @@ class PrefixCache:
             nodes.append(shelf[prefix])
         return nodes
 
-    def trim(self) -> None:
-        """Evicts until the budget holds; called between batches, when no node is in use."""
+    def make_room(self, wanted: int, spared: Collection[Path]) -> None:
+        """Evicts until `wanted` more bytes fit into the budget.
+
+        Args:
+          wanted: bytes of the nodes that will be put next.
+          spared: nodes in use; with them and what is wanted the budget must do.
+        """
         for shelf in (self._deep, self._shallow):
-            while shelf and self._bytes > self.budget:
-                _, node = shelf.popitem(last=False)
-                self._bytes -= node.bytes
+            for path in [path for path in shelf if path not in spared]:
+                if self._bytes + wanted <= self.budget:
+                    return
+                self._bytes -= shelf.pop(path).bytes
                 self.evictions += 1
 
     def clear(self) -> None:

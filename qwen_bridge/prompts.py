@@ -11,9 +11,11 @@ import hashlib
 from collections.abc import Sequence
 
 from qwen_bridge.errors import InputError
+from qwen_bridge.recent import RecentlyUsed
 
 STYLES = ("chat", "inline")
 SYSTEM = "You are a helpful assistant."
+_TEXTS_KEPT = 1 << 16  # as tokens
 
 
 class PromptError(Exception):
@@ -79,7 +81,7 @@ class PromptBuilder:
             for name in ("im_start", "im_end", "vision_start", "vision_end", "image_pad")
         }
         self._all_special = frozenset(tokenizer.added_tokens_encoder.values())
-        self._text_cache: dict[str, tuple[int, ...]] = {}
+        self._text_cache = RecentlyUsed(_TEXTS_KEPT)
         image = tuple(self._special[name] for name in ("vision_start", "image_pad", "vision_end"))
         self._image = image
         start, end = (self._special["im_start"],), (self._special["im_end"],)
@@ -171,12 +173,13 @@ class PromptBuilder:
         return f"{question}\n{instruction}" if instruction else question
 
     def _text(self, text: str) -> tuple[int, ...]:
-        if text not in self._text_cache:
+        ids = self._text_cache.get(text)
+        if ids is None:
             ids = tuple(self._tokenizer(text, add_special_tokens=False)["input_ids"])
             if self._all_special.intersection(ids):
                 raise PromptError(f"the text {text[:60]!r} holds a special token of the model")
-            self._text_cache[text] = ids
-        return self._text_cache[text]
+            self._text_cache.put(text, ids, 1)
+        return ids
 
     def _special_id(self, token: str) -> int:
         found = self._tokenizer.added_tokens_encoder.get(token)

@@ -28,6 +28,9 @@ MAX_TEXT = 4096
 
 ALIGNMENT = 64
 
+# In `ScoreBatch.certified`: what greedy decoding gives is known, and is no ground truth.
+OTHER_ANSWER = -2
+
 # A probability is a sum of float32 exponentials: it may pass 1 by this much and no more.
 _ROUNDING = 1e-3
 
@@ -47,7 +50,8 @@ class ScoreBatch:
       gt_prob: [n] float32, `vqa_gt_prob`.
       answer_log_probs: [n, A] float32, log P of each unique ground truth of that row's query, in
         nats; rows with fewer than A answers are padded with -inf.
-      certified: [n] int16, column of the answer that greedy decoding provably gives, or -1.
+      certified: [n] int16, column of the answer that greedy decoding provably gives,
+        `OTHER_ANSWER` where that is known to be another answer, or -1.
       margin: [n] float32, smallest logit gap along the certified answer, in nats.
       accuracy, accuracy_official, confidence, similarity: [n] float32, of the certified answer
         as in `AnswerBatch`; NaN where none is.
@@ -269,14 +273,15 @@ def check_score(batch, rows: int) -> ScoreBatch:
         texts = [text if kept else "" for text, kept in zip(texts, scored)]
     _require("gt_prob", gt_prob, np.isfinite(gt_prob) & (gt_prob >= 0) | ~scored, "finite, >= 0")
     _require("answer_log_probs", log_probs, log_probs <= _ROUNDING, "<= 0, and no NaN")
-    _require("certified", certified, (certified >= -1) & (certified < answers), "-1 or a column")
-    _require("margin", margin, np.isfinite(margin) | (certified < 0), "finite where certified")
+    allowed = (certified >= OTHER_ANSWER) & (certified < answers)
+    _require("certified", certified, allowed, f"-1, {OTHER_ANSWER} or a column")
+    _require("margin", margin, np.isfinite(margin) | (certified == -1), "finite where certified")
     return ScoreBatch(
         gt_prob,
         log_probs,
         certified.astype(np.int16),
         margin,
-        **_check_judged(batch, rows, certified >= 0),
+        **_check_judged(batch, rows, certified != -1),
         texts=texts,
         reasons=reasons,
     )

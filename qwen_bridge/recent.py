@@ -53,3 +53,8 @@ class RecentlyUsed:
             _, (_, gone) = self._entries.popitem(last=False)
             self.bytes -= gone
             self.evictions += 1
+
+    def clear(self) -> None:
+        """Forgets everything."""
+        self._entries.clear()
+        self.bytes = 0

@@ -155,6 +155,7 @@ class Scheduler:
         self._numbers = itertools.count()
         self._deaths_in_a_row = 0
         self._error: Exception | None = None
+        self._said: set[str] = set()
         self._call: Call | None = None
         self._landed: deque[tuple[np.ndarray, object]] = deque()
 
@@ -352,6 +353,10 @@ class Scheduler:
         self._close_head(worker)
         self._deaths_in_a_row = 0
         self.stats["busy_s"][seat.index] += message.seconds
+        for note in message.notes:
+            if note not in self._said:  # Every worker, and each that replaces one, says it anew.
+                self._said.add(note)
+                _log.warning("%s", note)
         if call is self._call:
             self._land(job, result)
 

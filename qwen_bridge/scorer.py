@@ -8,7 +8,7 @@ oracle of the tests; `TrieScorer` (trie_scorer.py) is the one that work is done 
 
 import abc
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -16,8 +16,16 @@ import torch
 from qwen_bridge.embedder import Embedder
 from qwen_bridge.errors import InputError
 from qwen_bridge.loading import LoadedModel
+from qwen_bridge.out_of_memory import in_halves
 from qwen_bridge.prompts import PromptError
-from qwen_bridge.protocol import AnswerBatch, ScoreBatch, empty_answer, empty_score
+from qwen_bridge.protocol import (
+    OTHER_ANSWER,
+    AnswerBatch,
+    ScoreBatch,
+    empty_answer,
+    empty_score,
+)
+from qwen_bridge.recent import RecentlyUsed
 from qwen_bridge.segments import PreparedSegment, SegmentFactory
 from qwen_bridge.targets import AnswerBranches, answer_branches
 from qwen_bridge.vqa.accuracy import accuracy_normalized, accuracy_official_2021
@@ -28,6 +36,11 @@ GT_PROB_MODES = ("product", "mean_token")
 # Greedy decoding is certified where the arg-max leads by this many nats.
 DEFAULT_MARGIN = {torch.float32: 1e-3, torch.bfloat16: 0.25}
 MAX_NEW_TOKENS = 10
+_QUERIES_KEPT = 4096  # whose ground truths are kept as tokens
+_RAN_OUT = (
+    "out of memory: going on with batches of half the size; a lower --batch_tokens, --cache_mib "
+    "or --max_pixels avoids the second try"
+)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -40,6 +53,7 @@ class PromptRequest:
       path: their ids.
       segments: system, one a demonstration, query.
       branches: the query's ground truths as tokens.
+      known: other outputs, end included, that are tried as branches too; they enter no score.
     """
 
     query: Example
@@ -47,11 +61,17 @@ class PromptRequest:
     path: tuple[int, ...]
     segments: list[PreparedSegment]
     branches: AnswerBranches
+    known: tuple[tuple[int, ...], ...] = ()
+
+    @property
+    def forms(self) -> tuple[tuple[int, ...], ...]:
+        """All branches: the ground truths' forms, then the other outputs."""
+        return self.branches.forms + self.known
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class BranchScores:
-    """What the model says of each surface form of a query's ground truths.
+    """What the model says of each branch of a prompt: forms of ground truths, known outputs.
 
     Attributes:
       log_probs: float64 `[F]` sum of token log-probabilities, the end included, in nats.
@@ -96,6 +116,9 @@ class PromptScorer(abc.ABC):
       margin: lead in nats from which a greedy answer counts as certified; None by dtype.
       max_new_tokens: most tokens of a generated answer.
 
+    Attributes:
+      notes: what the user should hear; whoever reports them takes them out.
+
     Raises:
       InputError: an unknown `gt_prob`.
     """
@@ -121,7 +144,9 @@ class PromptScorer(abc.ABC):
         self.max_new_tokens = max_new_tokens
         self.margin = DEFAULT_MARGIN[self.dtype] if margin is None else margin
         self._answer_weight, self._gt_prob = answer_weight, gt_prob
-        self._branches: dict[int, AnswerBranches] = {}
+        self._branches = RecentlyUsed(_QUERIES_KEPT)
+        self.notes: list[str] = []
+        self._ran_out = False
 
     @property
     def embedding_dim(self) -> int:
@@ -148,34 +173,76 @@ class PromptScorer(abc.ABC):
         Returns:
           `n` scores in the caller's order; a prompt that could not be scored has a reason.
         """
-        requests, reasons = self._requests(queries, pointers)
-        rows = sorted(requests)
-        scored = self._score_branches([requests[row] for row in rows]) if rows else []
-        width = max((len(requests[row].branches.texts) for row in rows), default=1)
+        done, reasons = self._settle(self._score_branches, queries, pointers)
+        width = max((len(request.branches.texts) for request, _ in done.values()), default=1)
         batch = empty_score(len(queries), width, reasons)
-        for row, branch_scores in zip(rows, scored):
-            self._fill_score(batch, row, requests[row], branch_scores)
+        for row, (request, branch_scores) in done.items():
+            self._fill_score(batch, row, request, branch_scores)
         return batch
 
     def answer(self, queries: np.ndarray, pointers: np.ndarray) -> AnswerBatch:
         """Generates greedily and judges the answers; arguments as for `score`."""
-        requests, reasons = self._requests(queries, pointers)
-        rows = sorted(requests)
-        generated = self._generate([requests[row] for row in rows]) if rows else []
+        done, reasons = self._settle(self._generate, queries, pointers)
         batch = empty_answer(len(queries), reasons)
-        for row, output in zip(rows, generated):
-            tokens = [t for t in output.tokens if t != self.end_of_turn]
-            text = self.tokenizer.decode(tokens, skip_special_tokens=True).strip()
-            self._fill_answer(batch, row, requests[row].query, text, float(np.exp(output.log_prob)))
+        for row, (request, output) in done.items():
+            text, confidence = self._text(output.tokens), float(np.exp(output.log_prob))
+            self._fill_answer(batch, row, request.query, text, confidence)
         return batch
 
     @abc.abstractmethod
-    def _score_branches(self, requests: list[PromptRequest]) -> list[BranchScores]:
-        """Log-probabilities of every answer branch of every prompt."""
+    def _score_branches(self, requests: list[PromptRequest]) -> list[BranchScores | PromptError]:
+        """Log-probabilities of every branch of every prompt, or why there are none."""
 
     @abc.abstractmethod
-    def _generate(self, requests: list[PromptRequest]) -> list[Generated]:
-        """Greedy answers of every prompt, of at most `max_new_tokens` tokens."""
+    def _generate(self, requests: list[PromptRequest]) -> list[Generated | PromptError]:
+        """Greedy answers of every prompt, of at most `max_new_tokens` tokens; or why not."""
+
+    def _known_outputs(self, query_id: int) -> tuple[tuple[int, ...], ...]:
+        """Outputs, end included, that other prompts of the query gave."""
+        return ()
+
+    def limits(self) -> tuple[int, ...]:
+        """What bounds the memory of a batch, see `shrink`."""
+        return (self.factory.vision.batch_patches,)
+
+    def set_limits(self, limits: tuple[int, ...]) -> None:
+        """Bounds batches as they were when `limits` returned this."""
+        (self.factory.vision.batch_patches,) = limits
+
+    def shrink(self) -> bool:
+        """Makes batches smaller, memory having run out; whether that may help a prompt alone."""
+        if not self._ran_out:
+            self.notes.append(_RAN_OUT)
+        self._ran_out = True
+        return self.factory.vision.shrink()
+
+    def empty_caches(self) -> None:
+        """Forgets what can be computed again."""
+        self.factory.vision.kept.clear()
+
+    def _settle(
+        self, run: Callable[[list], list], queries, pointers
+    ) -> tuple[dict[int, tuple], dict[int, str]]:
+        """Runs prompts, in halves where memory runs out.
+
+        Returns:
+          By row, (request, outcome) of those done, the request without its segments, which would
+          keep the images' features in memory; and the reasons of the others.
+        """
+
+        def attempt(rows: np.ndarray) -> list:
+            requests, refused = self._requests(queries[rows], pointers[rows])
+            found: dict[int, object] = {i: PromptError(why) for i, why in refused.items()}
+            for (i, request), outcome in zip(requests.items(), run(list(requests.values()))):
+                failed = isinstance(outcome, PromptError)
+                done = (dataclasses.replace(request, segments=[]), outcome)
+                found[i] = outcome if failed else done
+            return [found[i] for i in range(len(rows))]
+
+        outcomes = dict(enumerate(in_halves(len(queries), attempt, self)))
+        failed = {row: o for row, o in outcomes.items() if isinstance(o, PromptError)}
+        done = {row: o for row, o in outcomes.items() if row not in failed}
+        return done, {row: str(why) for row, why in failed.items()}
 
     def _requests(self, queries, pointers) -> tuple[dict[int, PromptRequest], dict[int, str]]:
         """Builds the prompts; a prompt that cannot be built gets a reason instead."""
@@ -199,7 +266,8 @@ class PromptScorer(abc.ABC):
                 reasons[row] = str(error)
                 continue
             path = tuple(demonstration.id for demonstration in demonstrations)
-            requests[row] = PromptRequest(query, demonstrations, path, segments, branches)
+            known = tuple(o for o in self._known_outputs(query.id) if o not in branches.forms)
+            requests[row] = PromptRequest(query, demonstrations, path, segments, branches, known)
         return requests, reasons
 
     def _check_length(self, segments, branches) -> None:
@@ -210,33 +278,36 @@ class PromptScorer(abc.ABC):
             raise PromptError(f"the prompt has {length} tokens; the model's context is {limit}")
 
     def _branches_of(self, query: Example) -> AnswerBranches:
-        if query.id not in self._branches:
-            self._branches[query.id] = answer_branches(
-                query.answers, self.factory.builder, self._answer_weight
-            )
-        return self._branches[query.id]
+        found = self._branches.get(query.id)
+        if found is None:
+            found = answer_branches(query.answers, self.factory.builder, self._answer_weight)
+            self._branches.put(query.id, found, 1)
+        return found
 
     def _fill_score(self, batch, row, request, scores: BranchScores) -> None:
         branches = request.branches
-        forms = (branches.form_answer, branches.weights)
-        gt_prob, answer_log_probs = combine_forms(scores.log_probs, *forms)
+        forms, count = (branches.form_answer, branches.weights), len(branches.forms)
+        gt_prob, answer_log_probs = combine_forms(scores.log_probs[:count], *forms)
         if self._gt_prob == "mean_token":
             # No probability, so only the score; the answers' log-probabilities stay what they are.
-            gt_prob, _ = combine_forms(scores.mean_log_probs, *forms)
+            gt_prob, _ = combine_forms(scores.mean_log_probs[:count], *forms)
         batch.gt_prob[row] = gt_prob
         batch.answer_log_probs[row, : len(answer_log_probs)] = answer_log_probs
+        batch.margin[row] = scores.margins[:count].max()
         best = int(np.argmax(scores.margins))
-        batch.margin[row] = scores.margins[best]
-        fits = len(branches.forms[best]) <= self.max_new_tokens
+        fits = len(request.forms[best]) <= self.max_new_tokens
         if scores.margins[best] >= self.margin and fits:
-            batch.certified[row] = branches.form_answer[best]
-            self._fill_answer(
-                batch,
-                row,
-                request.query,
-                branches.form_texts[best],
-                float(np.exp(scores.log_probs[best])),
-            )
+            right = best < count
+            batch.certified[row] = branches.form_answer[best] if right else OTHER_ANSWER
+            batch.margin[row] = scores.margins[best]
+            text = branches.form_texts[best] if right else self._text(request.forms[best])
+            confidence = float(np.exp(scores.log_probs[best]))
+            self._fill_answer(batch, row, request.query, text, confidence)
+
+    def _text(self, tokens: Sequence[int]) -> str:
+        """What an output says; its end does not count."""
+        words = [token for token in tokens if token != self.end_of_turn]
+        return self.tokenizer.decode(words, skip_special_tokens=True).strip()
 
     def _fill_answer(self, batch, row, query: Example, text: str, confidence: float) -> None:
         batch.texts[row] = text

@@ -36,6 +36,7 @@ from qwen_bridge.messages import (
     failure_of,
 )
 from qwen_bridge.protocol import (
+    MAX_TEXT,
     ProtocolError,
     check_ids,
     check_prompts,
@@ -105,7 +106,16 @@ def run_request(scorer, request: Request, arena: Arena, embedding_dim: int) -> R
     columns, arrays, texts, reasons = split_result(request.verb, result)
     write_arrays(view, result_arrays(request.verb, request.rows, columns), arrays)
     pairs = [[row, why] for row, why in reasons.items()]
-    return Result(request.job, request.slot, request.rows, columns, seconds, texts, pairs)
+    notes = _take_notes(scorer)
+    return Result(request.job, request.slot, request.rows, columns, seconds, texts, pairs, notes)
+
+
+def _take_notes(scorer) -> list[str]:
+    """What the scorer wants the user to read, if it is one that has such things to say."""
+    notes = getattr(scorer, "notes", [])
+    taken = [note[:MAX_TEXT] for note in notes]
+    notes.clear()
+    return taken
 
 
 def serve(channel: Channel, arena_fd: int) -> int:

@@ -8,16 +8,19 @@ the reference scorer gives the same numbers up to float rounding.
 
 import dataclasses
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
 from transformers import DynamicCache
 
+from qwen_bridge.known_outputs import KnownOutputs
+from qwen_bridge.memory import HEAD_ROWS
 from qwen_bridge.prefix_cache import PrefixCache, PrefixNode
+from qwen_bridge.prompts import PromptError
 from qwen_bridge.scorer import BranchScores, Generated, PromptRequest, PromptScorer
 from qwen_bridge.segments import PreparedSegment
-from qwen_bridge.trie import levels, token_batches
+from qwen_bridge.trie import fitting_chunks, levels, token_batches
 
 # A GPU wants large products; on a CPU activations beyond its caches cost more than they save.
 BATCH_TOKENS = {"cpu": 2048, "cuda": 16_384}
@@ -64,41 +67,109 @@ class TrieScorer(PromptScorer):
 
     Args:
       batch_tokens: tokens of a forward pass, padding included; None by device.
-      cache_bytes: memory that cached prefixes may take.
+      cache_bytes: memory that prefixes may take, those in use included.
+      known_outputs: how many outputs that a query has given are tried as branches when another
+        of its prompts is scored, so that wrong answers can be certified too; 0 tries none.
     """
 
     def __init__(
-        self, *args, batch_tokens: int | None = None, cache_bytes: int = 1 << 30, **kwargs
+        self,
+        *args,
+        batch_tokens: int | None = None,
+        cache_bytes: int = 1 << 30,
+        known_outputs: int = 4,
+        **kwargs,
     ):
         super().__init__(*args, **kwargs)
         self._batch_tokens = batch_tokens or BATCH_TOKENS[self.device.type]
         self.cache = PrefixCache(cache_bytes)
+        self.known = KnownOutputs(known_outputs)
         self._image_token = self.factory.builder.image_token
+        text = self.model.config.text_config
+        width = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+        values = 2 * text.num_hidden_layers * text.num_key_value_heads * width
+        self._token_bytes = values * self.dtype.itemsize
+
+    def _score_branches(self, requests: list[PromptRequest]) -> list[BranchScores | PromptError]:
+        return self._by_chunks(requests, self._score_chunk)
+
+    def _generate(self, requests: list[PromptRequest]) -> list[Generated | PromptError]:
+        return self._by_chunks(requests, self._generate_chunk)
+
+    def _known_outputs(self, query_id: int) -> tuple[tuple[int, ...], ...]:
+        return self.known.of(query_id)
+
+    def limits(self) -> tuple[int, ...]:
+        """See the base class."""
+        return (*super().limits(), self._batch_tokens, self.cache.budget)
+
+    def set_limits(self, limits: tuple[int, ...]) -> None:
+        """See the base class."""
+        *rest, self._batch_tokens, self.cache.budget = limits
+        super().set_limits(tuple(rest))
+
+    def shrink(self) -> bool:
+        """See the base class."""
+        if self.cache.bytes > self.cache.budget // 2:  # It may have been what filled the memory.
+            self.cache.budget //= 2
+        if super().shrink():
+            return True
+        self._batch_tokens = max(1, self._batch_tokens // 2)
+        return False
+
+    def empty_caches(self) -> None:
+        """See the base class."""
+        self.cache.clear()
+        super().empty_caches()
 
     @torch.inference_mode()
-    def _score_branches(self, requests: list[PromptRequest]) -> list[BranchScores]:
+    def _by_chunks(self, requests: list[PromptRequest], run: Callable[[list], list]) -> list:
+        """Runs requests in chunks whose prefixes fit the budget; refuses those that never do."""
+        sizes = {
+            request.path[:depth]: len(request.segments[depth]) * self._token_bytes
+            for request in requests
+            for depth in range(len(request.path) + 1)
+        }
+        budget = self.cache.budget
+        chunks, too_large = fitting_chunks([r.path for r in requests], sizes, budget)
+        results: list = [None] * len(requests)
+        for i, wanted in too_large.items():
+            results[i] = PromptError(
+                f"the prefix of this prompt takes {wanted / 2**20:.1f} MiB, more than the "
+                f"{budget / 2**20:.1f} MiB for cached prefixes; raise --cache_mib"
+            )
+        for chunk in chunks:
+            for i, result in zip(chunk, run([requests[i] for i in chunk])):
+                results[i] = result
+        return results
+
+    def _score_chunk(self, requests: list[PromptRequest]) -> list[BranchScores]:
         rows = self._prompt_rows(requests, branches=True)
         results: list[BranchScores | None] = [None] * len(rows)
-        for batch in token_batches([len(row) for row in rows], self._batch_tokens):
+        for batch in self._batches(rows):
             hidden, _ = self._forward([rows[i] for i in batch])
             scored = self._read_branches(
-                hidden, [rows[i] for i in batch], [requests[i].branches.forms for i in batch]
+                hidden, [rows[i] for i in batch], [requests[i].forms for i in batch]
             )
             for i, scores in zip(batch, scored):
                 results[i] = scores
-        self.cache.trim()
         return results
 
-    @torch.inference_mode()
-    def _generate(self, requests: list[PromptRequest]) -> list[Generated]:
+    def _generate_chunk(self, requests: list[PromptRequest]) -> list[Generated]:
         rows = self._prompt_rows(requests, branches=False)
         results: list[Generated | None] = [None] * len(rows)
-        sizes = [row.prefix_length + len(row) + self.max_new_tokens for row in rows]
-        for batch in token_batches(sizes, self._batch_tokens * 2):
+        for batch in self._batches(rows):
             for i, generated in zip(batch, self._decode([rows[i] for i in batch])):
                 results[i] = generated
-        self.cache.trim()
+        for request, generated in zip(requests, results):
+            if generated.tokens[-1] == self.end_of_turn:
+                self.known.add(request.query.id, generated.tokens)
         return results
+
+    def _batches(self, rows: list[Row]) -> list[list[int]]:
+        return token_batches(
+            [len(row) for row in rows], self._batch_tokens, [row.prefix_length for row in rows]
+        )
 
     def _prompt_rows(self, requests: list[PromptRequest], *, branches: bool) -> list[Row]:
         """The last forward of every prompt: its query, and its answers where wanted."""
@@ -107,7 +178,7 @@ class TrieScorer(PromptScorer):
             Row(
                 self.cache.path(request.path),
                 (request.segments[-1],),
-                inputs_of(request.branches.forms) if branches else (),
+                inputs_of(request.forms) if branches else (),
             )
             for request in requests
         ]
@@ -119,11 +190,18 @@ class TrieScorer(PromptScorer):
             for request in requests
             for depth in range(len(request.path) + 1)
         }
-        for level in levels((request.path for request in requests), self.cache):
+        missing = levels((request.path for request in requests), self.cache)
+        wanted = [node for level in missing for node in level]
+        self.cache.misses += len(wanted)
+        self.cache.hits += len(segments) - len(wanted)
+        self.cache.make_room(
+            sum(len(segments[node]) for node in wanted) * self._token_bytes, segments.keys()
+        )
+        for level in missing:
             rows = [
                 Row(self.cache.path(node[:-1]) if node else [], (segments[node],)) for node in level
             ]
-            for batch in token_batches([len(row) for row in rows], self._batch_tokens):
+            for batch in self._batches(rows):
                 chosen = [rows[i] for i in batch]
                 _, cache = self._forward(chosen)
                 first = max(row.prefix_length for row in chosen)
@@ -228,6 +306,13 @@ class TrieScorer(PromptScorer):
 
     def _head(self, hidden, targets) -> tuple[np.ndarray, np.ndarray]:
         """Log-probability and margin of each target token, from float32 logits."""
+        pieces = [
+            self._head_rows(*piece)
+            for piece in zip(hidden.split(HEAD_ROWS), targets.split(HEAD_ROWS))
+        ]
+        return tuple(np.concatenate(column) for column in zip(*pieces))
+
+    def _head_rows(self, hidden, targets) -> tuple[np.ndarray, np.ndarray]:
         logits = self.model.lm_head(hidden).float()
         chosen = logits.gather(1, targets[:, None])[:, 0]
         log_probs = chosen - logits.logsumexp(-1)

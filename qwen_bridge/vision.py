@@ -132,6 +132,7 @@ class VisionCache:
       cache_bytes: memory of the features kept from one request to the next.
 
     Attributes:
+      batch_patches: as given; may be changed between requests.
       kept: the features kept, by image key.
     """
 
@@ -144,8 +145,9 @@ class VisionCache:
         cache_bytes: int = 2 << 30,
     ):
         self._visual, self._processor, self._load = visual, image_processor, load_image
-        self._batch_patches = batch_patches
+        self.batch_patches = batch_patches
         self.kept = RecentlyUsed(cache_bytes)
+        self._running = (0, 0)  # images and patches of the pass under way
         self._failed: dict[str, str] = {}
 
     def fetch(self, keys: Iterable[str]) -> tuple[dict[str, VisionFeatures], dict[str, str]]:
@@ -195,6 +197,14 @@ class VisionCache:
         pixels = np.asarray(processed["pixel_values"], np.float32)
         return pixels, tuple(int(g) for g in processed["image_grid_thw"][0])
 
+    def shrink(self) -> bool:
+        """Halves the passes from now on, if it was a pass of several images that just failed."""
+        (images, patches), self._running = self._running, (0, 0)
+        if images < 2:
+            return False
+        self.batch_patches = max(1, min(self.batch_patches, patches) // 2)
+        return True
+
     def _batches(self, keys: list[str], failed: dict[str, str]) -> Iterator[list]:
         """Reads images and yields (key, pixels, grid) of as many as a forward pass takes."""
         batch, patches = [], 0
@@ -204,7 +214,7 @@ class VisionCache:
                 continue
             batch.append((key, *read))
             patches += len(read[0])
-            if patches >= self._batch_patches:
+            if patches >= self.batch_patches:
                 yield batch
                 batch, patches = [], 0
         if batch:
@@ -212,7 +222,10 @@ class VisionCache:
 
     @torch.inference_mode()
     def _run(self, batch: list):
+        self._running = len(batch), sum(len(pixels) for _, pixels, _ in batch)
         parameter = next(self._visual.parameters())
         pixels = torch.from_numpy(np.concatenate([pixels for _, pixels, _ in batch]))
         grids = torch.tensor([grid for _, _, grid in batch], device=parameter.device)
-        return self._visual(pixels.to(parameter.device, parameter.dtype), grid_thw=grids)
+        out = self._visual(pixels.to(parameter.device, parameter.dtype), grid_thw=grids)
+        self._running = (0, 0)
+        return out

@@ -14,11 +14,14 @@ from transformers.utils import logging
 from qwen_bridge.embedder import Embedder, Encoder, QwenEncoder
 from qwen_bridge.encoders import load_encoder
 from qwen_bridge.errors import InputError
-from qwen_bridge.loading import load_model
+from qwen_bridge.free_memory import free_memory
+from qwen_bridge.loading import LoadedModel, load_model
+from qwen_bridge.memory import cache_budgets, forward_bound
 from qwen_bridge.prompts import PromptBuilder, PromptTemplate
 from qwen_bridge.scorer import PromptScorer, ReferenceScorer
 from qwen_bridge.segments import SegmentFactory
-from qwen_bridge.trie_scorer import TrieScorer
+from qwen_bridge.shape import ModelShape
+from qwen_bridge.trie_scorer import BATCH_TOKENS, TrieScorer
 from qwen_bridge.vision import VisionCache
 from qwen_bridge.vqa.examples import Dataset
 from qwen_bridge.vqa.sources import open_dataset
@@ -34,8 +37,9 @@ def build(settings: dict, dataset: Dataset | None = None) -> tuple[PromptScorer,
         `dtype` (`auto`, `float32`, `bfloat16`), `min_pixels`, `max_pixels`, `adapter` as for
         `load_model`;
         `prompt_style`, `instruction`; `scorer` (`trie` or `reference`), `answer_weight`,
-        `gt_prob`, `max_new_tokens`, `cache_mib`, `vision_cache_mib`, `batch_tokens`; `encoder`
-        (`qwen`, `clip`, `siglip`) and `encoder_model`, the folder of the latter two.
+        `gt_prob`, `max_new_tokens`, `batch_tokens`; `cache_mib` and `vision_cache_mib`, `auto`
+        for a share of what the device has free; `encoder` (`qwen`, `clip`, `siglip`) and
+        `encoder_model`, the folder of the latter two.
       dataset: opened already; else the one that the settings name.
 
     Returns:
@@ -65,11 +69,12 @@ def build(settings: dict, dataset: Dataset | None = None) -> tuple[PromptScorer,
     )
     template = PromptTemplate(settings["prompt_style"], settings["instruction"])
     builder = PromptBuilder(loaded.tokenizer, template)
+    prefix_bytes, feature_bytes = _budgets(loaded, settings)
     vision = VisionCache(
         loaded.model.model.visual,
         loaded.image_processor,
         dataset.load_image,
-        cache_bytes=settings["vision_cache_mib"] << 20,
+        cache_bytes=feature_bytes,
     )
     qwen = QwenEncoder(loaded.model, builder, vision, loaded.fingerprint)
     encoder: Encoder = qwen
@@ -92,7 +97,7 @@ def build(settings: dict, dataset: Dataset | None = None) -> tuple[PromptScorer,
         scorer: PromptScorer = TrieScorer(
             *parts,
             batch_tokens=settings["batch_tokens"],
-            cache_bytes=settings["cache_mib"] << 20,
+            cache_bytes=prefix_bytes,
             **common,
         )
     elif settings["scorer"] == "reference":
@@ -108,6 +113,25 @@ def build(settings: dict, dataset: Dataset | None = None) -> tuple[PromptScorer,
         "encoder": encoder.fingerprint,
     }
     return scorer, hello
+
+
+def _budgets(loaded: LoadedModel, settings: dict) -> tuple[int, int]:
+    """Bytes of cached prefixes and of cached image features: as asked, or by what is free."""
+    device, dtype = loaded.model.device, loaded.model.dtype
+    asked = [settings[name] for name in ("cache_mib", "vision_cache_mib")]
+    prefix, features = (None if mib == "auto" else mib << 20 for mib in asked)
+    forward = forward_bound(
+        ModelShape.from_config(loaded.model.config.to_dict()),
+        batch_tokens=settings["batch_tokens"] or BATCH_TOKENS[device.type],
+        value_bytes=dtype.itemsize,
+    )
+    return cache_budgets(
+        free_memory(device, dealt=settings["device"] == "auto"),
+        forward,
+        prefix=prefix,
+        features=features,
+        gpu=device.type == "cuda",
+    )
 
 
 def pick_device(name: str) -> str:

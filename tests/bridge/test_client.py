@@ -404,3 +404,11 @@ def zombie(pid):
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
     except OSError:
         return True
+
+
+def test_what_every_worker_says_again_and_again_is_said_once(environment, caplog):
+    env = environment({"note": "out of memory: going on"}, workers=2)
+    check(env.score(QUERIES, POINTERS, batch_size=16))
+    check(env.score(QUERIES, POINTERS, batch_size=16))
+    assert env.stats["requests"] > 4
+    assert [record.message for record in caplog.records] == ["out of memory: going on"]

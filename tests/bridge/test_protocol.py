@@ -52,7 +52,7 @@ MESSAGES = [
     Hello({"embedding_dim": 6, "parts": {"image": [0, 6]}, "model": "sha"}),
     Request("embed", 0, 0, 3, 0, "bank"),
     Request("score", 2**40, 3, 64, 2, ""),
-    Result(7, 1, 2, 4, 0.25, ["drei", ""], [[1, "no image"]]),
+    Result(7, 1, 2, 4, 0.25, ["drei", ""], [[1, "no image"]], ["memory is short"]),
     Failure(NO_JOB, "KeyError", "'x'", False, "Traceback"),
     Shutdown(),
 ]
@@ -125,7 +125,7 @@ def test_missing_field_is_named():
     ],
 )
 def test_malformed_result_is_named(change, names):
-    fields = msgpack.unpackb(encode(Result(7, 1, 2, 4, 0.25, ["a", "b"], [])))
+    fields = msgpack.unpackb(encode(Result(7, 1, 2, 4, 0.25, ["a", "b"], [], [])))
     with pytest.raises(ProtocolError, match=names):
         decode(msgpack.packb(fields | change))
 

@@ -1,8 +1,8 @@
 """A scorer without a model: every number is a hash of the prompt. It can be told to misbehave.
 
 Settings: `embedding_dim`; `hello`, more fields for the hello; `unscorable`, query ids that come
-back with a reason; `delay_s` a batch; `build`, an error while building ("input_error", "raise",
-"exit", "hang"); and `faults`, a list of dicts:
+back with a reason; `delay_s` a batch; `note`, said with every result; `build`, an error while
+building ("input_error", "raise", "exit", "hang"); and `faults`, a list of dicts:
 
   fault: crash_before | crash_during | crash_after | hang | wrong_shape | wrong_rows | nan | slow
     | raise | input_error | out_of_memory | not_a_batch
@@ -68,6 +68,7 @@ class TrivialScorer:
         self.parts = {"image": (0, 2), "question": (2, 4), "answer": (4, 6)}
         self._settings = settings
         self._requests = 0
+        self.notes = []
 
     def embed(self, kind, ids):
         """[N, D], column d from id and d."""
@@ -121,6 +122,8 @@ class TrivialScorer:
             return {"gt_prob": [0.0]}
         self._strike("crash_after", queries)
         self._requests += 1
+        if note := self._settings.get("note"):
+            self.notes.append(note)
         return batch
 
     def _strike(self, name: str, ids) -> None:

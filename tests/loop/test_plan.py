@@ -108,6 +108,16 @@ def test_hours_follow_workers_utilisation_and_device():
     assert slower == pytest.approx(DEVICES["h100"].flops / DEVICES["a100"].flops)
 
 
+def test_caches_take_what_the_device_has_left():
+    auto = ("--cache_mib=auto", "--vision_cache_mib=auto", "--plan_device=h200")
+    fixed, free = (plan(OKVQA, *given)["memory"] for given in ((auto[2],), auto))
+    assert free["fits"]
+    assert free["parts"]["prefix_cache"] > 8 * fixed["parts"]["prefix_cache"]
+    assert free["total"] < 0.95 * free["device"]
+    small = plan(OKVQA, *auto[:2], "--plan_device=l4")["memory"]
+    assert 0 < small["parts"]["prefix_cache"] < fixed["parts"]["prefix_cache"]
+
+
 def test_more_certified_answers_cost_less():
     few, many = (plan(OKVQA, f"--plan_certified={share}")["total"] for share in (0, 1))
     assert many["generated"] == 0

@@ -26,6 +26,12 @@ SETTINGS = {
 }
 
 
+@pytest.fixture
+def worker_settings():
+    """The usual settings of a worker."""
+    return dict(SETTINGS)
+
+
 @pytest.fixture(scope="session")
 def make_scorer():
     """Builds scorers from the usual settings with some changed; equal ones are shared."""

@@ -5,7 +5,7 @@ import pytest
 from sklearn.linear_model import LogisticRegression
 
 from qwen_bridge.errors import InputError
-from qwen_bridge.protocol import check_score
+from qwen_bridge.protocol import OTHER_ANSWER, check_score
 from qwen_bridge.scorer import BranchScores
 from qwen_bridge.vqa.accuracy import accuracy_normalized
 from qwen_bridge.vqa.digits import QUESTIONS, border_colours
@@ -26,14 +26,23 @@ def random_prompts(scorer, count, seed, most_shots=4):
     return queries, pointers
 
 
+def prefix_bytes(scorer, request):
+    """Bytes of a prompt's prefix, equal nodes once."""
+    text = scorer.model.config.text_config
+    token = 2 * text.num_hidden_layers * text.hidden_size * 4  # every head has keys of its own
+    return token * sum(map(len, request.segments[:-1]))
+
+
 def assert_scores_agree(fast, slow):
     known = np.isfinite(slow.answer_log_probs)
     np.testing.assert_array_equal(known, np.isfinite(fast.answer_log_probs))
     difference = np.abs(fast.answer_log_probs[known] - slow.answer_log_probs[known])
     assert difference.max() <= 1e-4
     np.testing.assert_allclose(fast.gt_prob, slow.gt_prob, atol=1e-5)
-    np.testing.assert_array_equal(fast.certified, slow.certified)
-    assert fast.texts == slow.texts
+    # The fast one may know of wrong answers too, from what was asked before.
+    wrong = fast.certified == OTHER_ANSWER
+    np.testing.assert_array_equal(np.where(wrong, -1, fast.certified), slow.certified)
+    assert np.where(wrong, "", fast.texts).tolist() == slow.texts
 
 
 @pytest.mark.parametrize("style", ["chat", "inline"])
@@ -47,12 +56,14 @@ def test_scores_equal_the_reference(make_scorer, style):
 def test_evictions_and_small_batches_change_nothing(make_scorer):
     slow = make_scorer(scorer="reference")
     queries, pointers = random_prompts(slow, 8, seed=4)
-    tight = make_scorer(cache_mib=0, batch_tokens=64)
+    tight = make_scorer(cache_mib=1, batch_tokens=64)
+    requests, _ = tight._requests(queries, pointers)
+    tight.cache.budget = max(prefix_bytes(tight, request) for request in requests.values())
     expected = slow.score(queries, pointers)
     for _ in range(2):
         assert_scores_agree(tight.score(queries, pointers), expected)
     assert tight.cache.evictions > 0
-    assert len(tight.cache) == tight.cache.bytes == 0
+    assert tight.cache.bytes <= tight.cache.budget
 
 
 def test_greedy_answers_equal_the_models_own_generate(make_scorer):
@@ -70,8 +81,8 @@ def test_certificates_are_never_wrong(make_scorer):
     scorer = make_scorer()
     queries, pointers = random_prompts(scorer, 300, seed=6, most_shots=3)
     scores, answers = scorer.score(queries, pointers), scorer.answer(queries, pointers)
-    certified = scores.certified >= 0
-    assert 0.05 < certified.mean() < 1
+    assert 0.05 < (scores.certified >= 0).mean() < 1
+    certified = scores.certified != -1
     for row in np.flatnonzero(certified):
         assert scores.texts[row] == answers.texts[row]
         for name in ("accuracy", "accuracy_official", "similarity", "confidence"):

@@ -1,5 +1,7 @@
 """The vision tower: batched windows against the model's own loop, and the cache."""
 
+import threading
+
 import numpy as np
 import pytest
 import torch
@@ -99,6 +101,31 @@ def test_cache_runs_each_image_once_and_reports_bad_ones(make_cache):
     assert again["wide"] is features["wide"]
     assert list(failed) == ["bad"]
     assert sorted(reads) == ["a", "bad", "gone", "wide"]
+
+
+def test_images_are_read_while_the_tower_is_at_work(make_cache):
+    """The third image is read only once the first pass is under way, which waits for it."""
+    under_way, read = threading.Event(), threading.Event()
+
+    def load_image(key):
+        if key == "third":
+            assert under_way.wait(20)
+            read.set()
+        return random_image(key)
+
+    cache, reads, passes = make_cache(load_image, batch_patches=4)
+    run = cache._run
+
+    def watched(batch):
+        under_way.set()
+        assert read.wait(20), "nothing was read during the pass"
+        return run(batch)
+
+    cache._run = watched
+    features, failed = cache.fetch(["first", "second", "third"])
+    assert (len(features), failed) == (3, {})
+    assert reads == ["first", "second", "third"]
+    assert passes == [[4], [4], [4]]
 
 
 def test_means_are_of_the_towers_states_and_nothing_is_kept(make_cache, tiny):
