@@ -230,6 +230,8 @@ class PromptScorer(abc.ABC):
           keep the images' features in memory; and the reasons of the others.
         """
 
+        queries, pointers = np.asarray(queries), np.asarray(pointers)
+
         def attempt(rows: np.ndarray) -> list:
             requests, refused = self._requests(queries[rows], pointers[rows])
             found: dict[int, object] = {i: PromptError(why) for i, why in refused.items()}

@@ -78,7 +78,9 @@ class Race:
         every = workload.prompts()
         few = every.first(naive_candidates)
         plain = {"max_new_tokens": max_new_tokens}
-        fast = {"batch_tokens": batch_tokens, "cache_bytes": cache_bytes, **plain}
+        # Outputs that a query gave before would be extra branches: not the work that is predicted.
+        fast = {"batch_tokens": batch_tokens, "cache_bytes": cache_bytes, "known_outputs": 0}
+        fast |= plain
         parts = workload.parts
         cold, warm = (TrieScorer(*parts, **fast) for _ in range(2))
         self.lengths = self._lengths(warm, every)

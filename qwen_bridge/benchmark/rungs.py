@@ -78,6 +78,5 @@ class BranchScorer(TrieScorer):
 
     def _prompt_rows(self, requests: list[PromptRequest], *, branches: bool) -> list[Row]:
         return [
-            Row((), tuple(r.segments), inputs_of(r.branches.forms) if branches else ())
-            for r in requests
+            Row((), tuple(r.segments), inputs_of(r.forms) if branches else ()) for r in requests
         ]

@@ -16,6 +16,7 @@ import time
 
 import numpy as np
 import pytest
+from worker_settings import SETTINGS
 
 from lever_jax import checkpoint
 from lever_jax.store import Store
@@ -54,25 +55,14 @@ def scorers(mini, random_qwen):
     """The fast and the plain scorer over the real data, in this process."""
     files = {name: str(value) for name, value in mini.items() if name.startswith(("bank", "query"))}
     settings = {
+        **SETTINGS,
         "dataset": {
             "kind": "official", **files, "num_train": 4, "num_eval": 4, "seed": 0, "max_bank": BANK
         },
         "model": str(random_qwen),
-        "device": "cpu",
-        "dtype": "float32",
-        "min_pixels": None,
         "max_pixels": 12_544,
-        "prompt_style": "chat",
         "instruction": mini["instruction"],
-        "answer_weight": "count3",
-        "gt_prob": "product",
         "max_new_tokens": 3,
-        "cache_mib": 64,
-        "vision_cache_mib": 64,
-        "adapter": "",
-        "encoder": "qwen",
-        "encoder_model": "",
-        "batch_tokens": 4096,
     }  # fmt: skip
     return [workers.build({**settings, "scorer": name})[0] for name in ("trie", "reference")]
 

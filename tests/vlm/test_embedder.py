@@ -6,6 +6,7 @@ import numpy as np
 import published
 import pytest
 import torch
+from worker_settings import SETTINGS
 
 from qwen_bridge import workers
 from qwen_bridge.embedder import Embedder
@@ -111,8 +112,6 @@ def test_another_encoder_changes_embeddings_and_no_score(make_scorer, tmp_path, 
 
 
 def test_the_worker_says_which_encoder_it_has_apart_from_what_decides_scores(tmp_path):
-    from conftest import SETTINGS
-
     published.clip_folder(tmp_path)
     _, qwen = workers.build(SETTINGS)
     _, clip = workers.build({**SETTINGS, "encoder": "clip", "encoder_model": str(tmp_path)})
