@@ -23,7 +23,7 @@ from lever_jax.store import Store
 from qwen_bridge import workers
 
 ROOT = pathlib.Path(__file__).parents[2]
-PHASES = ("warmup", "rce", "grpo")
+PHASES = ("warmup", "rce")
 NUM_QUERIES, NUM_EVAL, BANK = 10, 6, 40
 SMALL = (
     f"--num_queries={NUM_QUERIES} --num_eval={NUM_EVAL} --max_bank={BANK} --pool_size=8 "
@@ -190,6 +190,10 @@ def test_every_phase_runs_and_eval_json_is_whole(forced):
         assert f"{phase} was finished earlier" in printed
     for phase in PHASES:
         assert checkpoint.read_metadata(workdir / "checkpoints" / phase)["phase"] == phase
+    # GRPO ran, on groups that are flat one and all: there is no selector to show for it.
+    assert "GRPO round 1" in printed
+    assert "every group of every round was flat, nothing was learnt" in printed
+    assert not checkpoint.exists(workdir / "checkpoints" / "grpo")
     result = read(workdir, "eval.json")
     assert result["n"] == NUM_EVAL
     for shots in ("1", "2"):
