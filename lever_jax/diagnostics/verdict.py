@@ -31,7 +31,7 @@ class Thresholds(NamedTuple):
     max_zero_positive: float = 0.1
     min_spearman: float = 0.3
     min_headroom: float = 0.02
-    nothing_known: float = 0.75
+    nothing_known: float = 0.7
     still_rising: float = 0.1
     search_finds: float = 0.25
     used: float = 0.25
