@@ -21,6 +21,7 @@ from experiments.output import whole_file
 from experiments.picks import PickLines
 from experiments.progress import bar, note
 from experiments.session import Session
+from experiments.stored import keep_training_picks
 from lever_jax import checkpoint
 from lever_jax.diagnostics import Picks, health_csv, measure_health
 from lever_jax.errors import InputError
@@ -140,10 +141,15 @@ def check_health(session: Session, selector: Trained, name: str) -> dict[str, An
 
 
 def training_picks(session: Session, selector: Trained, name: str) -> np.ndarray:
-    """Accuracy [Q] of the selector's greedy pick on the training queries."""
+    """Accuracy [Q] of the selector's greedy pick on the training queries.
+
+    They are kept in training_picks.json, from where experiments.analyze tells whether training
+    used the data without asking the VLM again.
+    """
     proposer = Proposer(session.policy, session.train.table)
     pointers = proposer.greedy(selector.params, np.arange(len(session.train)), shots=_shots())
     scores = answer_picks(session.train, pointers, session.service, label=f"picks of {name}")
+    keep_training_picks(session.workdir, name, session.train.query_ids, scores["accuracy"])
     return scores["accuracy"]
 
 

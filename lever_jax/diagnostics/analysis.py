@@ -39,14 +39,15 @@ def analyze(
       missing: what the data cannot say, in words.
     """
     rows = prepare(candidates, resamples=resamples, seed=seed)
+    health = health_of(rows, picks, trained, ceiling, thresholds, min_range)
     result = {
-        "health": health_of(rows, picks, trained, ceiling, thresholds, min_range),
+        "health": health,
         "reward_ranges": reward_ranges(rows),
         "explained_by_source": explained_by_source(rows),
         "positions": positions(rows),
         "duplicates": duplicates(rows),
         "failures": failures(rows),
-        "calibration": calibration(rows),
+        "calibration": calibration(rows, health),
         "similarity": similarity_shaping(rows),
         "coverage": coverage(rows),
     }

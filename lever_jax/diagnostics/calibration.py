@@ -11,8 +11,12 @@ from lever_jax.statistics import Estimate, ratios_ci
 BINS = 10
 
 
-def calibration(rows: Rows) -> dict[str, Any]:
+def calibration(rows: Rows, health: dict[str, Any]) -> dict[str, Any]:
     """Accuracy by gt_prob, over the verified candidates of the sample.
+
+    Args:
+      rows: the candidates.
+      health: their figures, which hold the correlation over all of them.
 
     Returns:
       bins: one entry for each tenth of [0, 1] that has candidates: low, high, n, mean_gt_prob,
@@ -47,7 +51,9 @@ def calibration(rows: Rows) -> dict[str, Any]:
                 "ci95": estimate.interval,
             }
         )
-    correlations = {"all": rank_correlation(rows, rows.gt_prob, rows.accuracy, rows.sample)}
+    name = "spearman_gt_prob_accuracy"
+    whole = {"value": health[name], "ci95": health["ci95"][name], "n": int(where.sum())}
+    correlations = {}
     if rows.given.answer_type is not None:
         types = np.asarray(rows.given.answer_type, str)
         for name in np.unique(types[where]).tolist():
@@ -58,7 +64,7 @@ def calibration(rows: Rows) -> dict[str, Any]:
     return {
         "bins": bins,
         "gap": float(gap / totals.sum()) if totals.sum() else None,
-        "spearman": {name: entry(estimate) for name, estimate in correlations.items()},
+        "spearman": {"all": whole, **{name: entry(one) for name, one in correlations.items()}},
     }
 
 

@@ -15,7 +15,7 @@ from lever_jax.diagnostics.verdict import DEFAULT_THRESHOLDS, Thresholds, verdic
 from lever_jax.statistics import Estimate, mean_ci, ratios_ci, share_ci, spearman
 
 _GAP = 0.2 + 1e-9  # accuracies are multiples of 0.1; a gap of 0.9 - 0.7 is not above 0.2
-_SPEARMAN_CELLS = 100_000_000  # rows x resamples, some three seconds
+_SPEARMAN_CELLS = 60_000_000  # rows x resamples, some two seconds
 
 
 def measure_health(
@@ -72,7 +72,7 @@ def measure_health(
       ceiling: best accuracy that a search with extra budget found, for some of the queries.
       thresholds: of the verdict.
       min_range: a group whose max - min reward is below it is flat.
-      resamples: bootstrap resamples; fewer, at least 200, for the correlation of very many rows.
+      resamples: bootstrap resamples; fewer, at least 100, for the correlation of very many rows.
       seed: of the resampling.
 
     Returns:
@@ -110,9 +110,7 @@ def health_of(
         "pct_zero_positive_query": share_ci(num_positive[answered] == 0),
         "coverage_rising": _coverage_rising(num_verified, num_positive, sampling),
         "pct_flat_reward_query": share_ci((highest - lowest)[rewarded] < min_range),
-        "spearman_gt_prob_accuracy": rank_correlation(
-            rows, rows.gt_prob, rows.accuracy, sample, cells=_SPEARMAN_CELLS
-        ),
+        "spearman_gt_prob_accuracy": rank_correlation(rows, rows.gt_prob, rows.accuracy, sample),
     }
     oracle = rows.extremes(rows.accuracy)[0]
     pick = rows.aligned(picks) if picks is not None else _most_probable(rows)
@@ -160,15 +158,13 @@ def health_of(
     }
 
 
-def rank_correlation(
-    rows: Rows, x: np.ndarray, y: np.ndarray, where: np.ndarray, *, cells: int = 30_000_000
-) -> Estimate:
+def rank_correlation(rows: Rows, x: np.ndarray, y: np.ndarray, where: np.ndarray) -> Estimate:
     """Spearman of x and y [N] where both are known, queries resampled.
 
-    `cells` bounds rows times resamples: with very many rows the interval needs few.
+    With very many rows the interval needs few resamples.
     """
     both = where & ~np.isnan(x) & ~np.isnan(y)
-    fewer = max(200, cells // max(int(both.sum()), 1))
+    fewer = max(100, _SPEARMAN_CELLS // max(int(both.sum()), 1))
     return spearman(
         x[both],
         y[both],

@@ -28,10 +28,10 @@ def health_csv(health: dict[str, Any]) -> list[tuple]:
 
 
 def analysis_csv(result: dict[str, Any]) -> list[tuple]:
-    """The figures of `analyze` as rows for `csv.writer`, header first; health's are in health.csv.
+    """The figures of `analyze` as rows for `csv.writer`, header first.
 
     Columns:
-      section   a key of analysis.json, such as calibration
+      section   a key of analysis.json, such as calibration; `health` has the rows of `health_csv`
       series    which curve or group in it: a source, an answer type, a shot; may be empty
       figure    what is given, such as accuracy
       x         where on the curve: gt_prob's bin (its lower edge), evaluations, the position in
@@ -45,6 +45,8 @@ def analysis_csv(result: dict[str, Any]) -> list[tuple]:
 
 
 def _rows(result: dict[str, Any]):
+    for figure, value, low, high in health_csv(result["health"])[1:]:
+        yield ("health", "", figure, None, None, value, low, high)
     ranges = result["reward_ranges"]
     for edge, count in zip(ranges["edges"], ranges["counts"]):
         yield ("reward_ranges", "", "queries", edge, None, count, None, None)

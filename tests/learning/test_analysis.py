@@ -243,10 +243,11 @@ def test_the_csv_holds_what_the_json_holds(drawn):
     _, result, _ = drawn
     table = analysis_csv(result)[1:]
     assert {row[0] for row in table} == {
-        "reward_ranges", "explained_by_source", "positions", "duplicates", "failures",
+        "health", "reward_ranges", "explained_by_source", "positions", "duplicates", "failures",
         "calibration", "similarity", "coverage",
     }  # fmt: skip
     rows = {row[:4]: row[4:] for row in table}
+    assert rows["health", "", "queries", None][1] == result["health"]["queries"]
     assert len(rows) == len(table)
     first = result["calibration"]["bins"][0]
     assert rows["calibration", "", "accuracy", first["low"]][:2] == (first["n"], first["accuracy"])
@@ -273,9 +274,9 @@ c = Candidates(
 )
 ids = np.arange(10_000)
 picks = [Picks(ids, rng.integers(0, 2, 10_000).astype(float)) for _ in range(3)]
-start = time.perf_counter()
+start = time.process_time()
 analyze(c, picks=picks[0], trained=picks[1], ceiling=picks[2])
-seconds = time.perf_counter() - start
+seconds = time.process_time() - start  # one thread: on an idle core this is the wall time
 print(seconds, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20)
 """
 

@@ -1,0 +1,48 @@
+"""The report of a run: one HTML file, self-contained, for reading, printing and sending around.
+
+    python -m experiments.report --workdir=runs/a [--compare=runs/b] [--report=FILE]
+
+No VLM and no network: it is made from what the run wrote. Without analysis.json the figures are
+computed first.
+"""
+
+import pathlib
+
+from absl import flags
+
+from experiments import cli, settings
+from experiments.analysis import analyze_run, write_analysis
+from experiments.progress import note, stage
+from experiments.reporting import write_report
+from lever_jax.errors import InputError
+from qwen_bridge.vqa.sources import open_dataset
+
+REPORT = flags.DEFINE_string("report", None, "The file to write; default WORKDIR/report.html.")
+COMPARE = flags.DEFINE_string("compare", None, "Workdir of a run to stand beside this one.")
+
+
+def main():
+    workdir = pathlib.Path(settings.WORKDIR.value)
+    settings.adopt_flags(workdir)
+    settings.check()
+    other = pathlib.Path(COMPARE.value) if COMPARE.value else None
+    if other is not None and not (other / "flags.txt").is_file():
+        raise InputError(f"--compare={other} holds no run (no flags.txt); name a workdir")
+    stage(f"report of {workdir}")
+    dataset = open_dataset(settings.dataset_settings())
+    report_run(workdir, dataset, REPORT.value, other)
+
+
+def report_run(workdir, dataset, path: str | None = None, other=None) -> None:
+    """Analyzes a run, as far as it mined anything, and writes its report."""
+    result = None
+    if (workdir / "health.json").is_file():
+        result = analyze_run(workdir, dataset)
+        write_analysis(workdir, result)
+    path = pathlib.Path(path) if path else workdir / "report.html"
+    size = write_report(path, result, workdir, dataset, other)
+    note(f"report: {path} ({size / 1024:,.0f} KiB)")
+
+
+if __name__ == "__main__":
+    cli.run(main)
