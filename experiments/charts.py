@@ -23,7 +23,7 @@ class _Axis:
         if log:
             low, high = math.log10(low), math.log10(high)
         if not high > low:
-            low, high = low - 0.5, high + 0.5
+            high = low + 1.0
         self.low, self.high, self._start, self._end, self._log = low, high, start, end, log
 
     def __call__(self, value: float) -> float:
@@ -124,9 +124,9 @@ def intervals(rows: Sequence[dict[str, Any]], *, x: str, names: Sequence[str] = 
     rows = [row for row in rows if row["value"] is not None]
     if not rows:
         return Markup("")
-    left = 8 + 5.6 * max(len(row["label"]) for row in rows)
+    left = 10 + 6.3 * max(len(row["label"]) for row in rows)
     height = _TOP + _ROW * len(rows) + _BOTTOM
-    at_x = _Axis(0, 1, left, WIDTH - 34)
+    at_x = _Axis(0, 1, left, WIDTH - 46)
     parts = []
     for tick in (0, 0.25, 0.5, 0.75, 1):
         place = at_x(tick)
@@ -144,7 +144,7 @@ def intervals(rows: Sequence[dict[str, Any]], *, x: str, names: Sequence[str] = 
             f"<title>{escape(told)}</title></circle>"
         )
         parts.append(_text(WIDTH - 4, y + 4, f"{row['value']:.3f}", "end"))
-    parts.append(_text((left + WIDTH - 34) / 2, height - 6, x, "middle"))
+    parts.append(_text((left + WIDTH - 46) / 2, height - 6, x, "middle"))
     return _svg(parts, height, x) + (_legend(names) if len(names) > 1 else Markup(""))
 
 

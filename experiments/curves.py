@@ -8,12 +8,18 @@ from experiments import settings
 from lever_jax.errors import InputError
 
 
-def learning_curves(workdir: pathlib.Path) -> dict[str, list[dict[str, Any]]]:
+def learning_curves(
+    workdir: pathlib.Path, recipes: dict[str, str] | None = None
+) -> dict[str, list[dict[str, Any]]]:
     """Rows of metrics.jsonl by phase, in order of steps.
 
     Rows of a training that another one replaced are left out: of each phase those count that have
     the recipe of its checkpoint or, without one, of its last row. A step that was done twice,
     after a stop, counts once, as it was done last.
+
+    Args:
+      workdir: of the run.
+      recipes: phase to the recipe that counts; only these phases are read then.
 
     Raises:
       InputError: a line is damaged.
@@ -31,6 +37,8 @@ def learning_curves(workdir: pathlib.Path) -> dict[str, list[dict[str, Any]]]:
                 continue
             raise InputError(f"{path}, line {number} is damaged; remove that line") from None
         rows.setdefault(row["phase"], []).append(row)
+    if recipes is not None:
+        return {name: _of_recipe(rows.get(name, []), recipe) for name, recipe in recipes.items()}
     return {
         phase: _of_recipe(rows[phase], _recipe(workdir, phase, rows[phase]))
         for phase in settings.PHASES

@@ -11,9 +11,8 @@ import pathlib
 from absl import flags
 
 from experiments import cli, settings
-from experiments.analysis import analyze_run, write_analysis
-from experiments.progress import note, stage
-from experiments.reporting import write_report
+from experiments.progress import stage
+from experiments.reporting import report_run
 from lever_jax.errors import InputError
 from qwen_bridge.vqa.sources import open_dataset
 
@@ -31,17 +30,6 @@ def main():
     stage(f"report of {workdir}")
     dataset = open_dataset(settings.dataset_settings())
     report_run(workdir, dataset, REPORT.value, other)
-
-
-def report_run(workdir, dataset, path: str | None = None, other=None) -> None:
-    """Analyzes a run, as far as it mined anything, and writes its report."""
-    result = None
-    if (workdir / "health.json").is_file():
-        result = analyze_run(workdir, dataset)
-        write_analysis(workdir, result)
-    path = pathlib.Path(path) if path else workdir / "report.html"
-    size = write_report(path, result, workdir, dataset, other)
-    note(f"report: {path} ({size / 1024:,.0f} KiB)")
 
 
 if __name__ == "__main__":

@@ -8,10 +8,12 @@ from typing import Any
 import jinja2
 
 from experiments import charts
+from experiments.analysis import analyze_run, write_analysis
 from experiments.compare import compare, picks_of, read_picks
 from experiments.curves import learning_curves
 from experiments.gallery import KINDS, gallery
 from experiments.output import whole_file
+from experiments.progress import note
 from experiments.tables import SHOWN, number
 from lever_jax.decoding import is_oracle
 from lever_jax.errors import InputError
@@ -66,7 +68,7 @@ def write_report(
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
     environment.filters["number"] = number
     environment.filters["interval"] = lambda bounds: (
-        "" if not bounds else f"{bounds[0]:.3f} to {bounds[1]:.3f}"
+        "" if not bounds else f"[{bounds[0]:.3f}, {bounds[1]:.3f}]"
     )
     folder = importlib.resources.files("experiments") / "templates"
     environment.loader = jinja2.FunctionLoader(lambda name: (folder / name).read_text("utf-8"))
@@ -80,6 +82,29 @@ def write_report(
     with whole_file(path, "report") as write:
         write(text)
     return path.stat().st_size
+
+
+def report_run(
+    workdir: pathlib.Path,
+    dataset: Dataset,
+    path: str | None = None,
+    other: pathlib.Path | None = None,
+) -> None:
+    """Analyzes a run, as far as it mined anything, and writes its report.
+
+    Args:
+      workdir: of the run; its flags are adopted already.
+      dataset: of the run.
+      path: the file; report.html of the workdir by default.
+      other: workdir of a run to compare with.
+    """
+    result = None
+    if (workdir / "health.json").is_file():
+        result = analyze_run(workdir, dataset)
+        write_analysis(workdir, result)
+    file = pathlib.Path(path) if path else workdir / "report.html"
+    size = write_report(file, result, workdir, dataset, other)
+    note(f"report: {file} ({size / 1024:,.0f} KiB)")
 
 
 def _run(workdir, result, dataset) -> dict[str, Any]:
@@ -276,6 +301,8 @@ def _curve_charts(curves: dict[str, list[dict[str, Any]]]) -> list[dict[str, Any
         for metric, name in _CURVES.items():
             points = [(row["step"], row[metric]) for row in rows if metric in row]
             if points:
-                chart = charts.lines({phase: points}, x="optimiser step", y=metric)
+                least = min(value for _, value in points)
+                low = 0 if metric != "loss" and least >= 0 else None
+                chart = charts.lines({phase: points}, x="optimiser step", y=metric, low=low)
                 found.append({"title": f"{phase}: {name}", "chart": chart})
     return found

@@ -57,8 +57,8 @@ def measure_health(
       training_use               share of the headroom that the trained selector closed
       ceiling_gain               what a search with extra budget finds above the best in the data
       ceiling_found              of the searched queries without a positive, those it found one for
-      verdict, outcome, ready,
-      next, reasons, evidence    see `verdict.Verdict`
+      verdict, outcome, title,
+      ready, next, reasons, evidence    see `verdict.Verdict`
 
     The selector's pick is `picks` if given, else the query's candidate (not failed) with the
     highest `log_prob`, the earlier row if tied. Where there is a pick, the four figures of headroom
@@ -151,6 +151,7 @@ def health_of(
         **health,
         "verdict": decision.text,
         "outcome": decision.outcome,
+        "title": decision.title,
         "ready": decision.ready,
         "next": decision.next,
         "reasons": decision.reasons,

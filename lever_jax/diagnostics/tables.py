@@ -2,7 +2,7 @@
 
 from typing import Any
 
-_NOT_IN_CSV = ("ci95", "reasons", "evidence", "stage")
+_NOT_IN_CSV = ("ci95", "reasons", "evidence", "stage", "title")
 
 
 def health_csv(health: dict[str, Any]) -> list[tuple]:

@@ -186,15 +186,17 @@ class Verdict(NamedTuple):
 
     Attributes:
       outcome: key of the outcome.
+      title: what it means, in words.
       ready: True if it is `healthy`.
       text: the decision, its reasons and what to try next, in one line.
       next: the one thing to try next.
-      reasons: the conditions that decided it, one dictionary each: figure, value, ci95,
-        threshold, flag (None where there is none), state, text. None of a healthy verdict.
+      reasons: the conditions that decided it, one dictionary each: figure, condition, value,
+        ci95, threshold, flag (None where there is none), state, text. None of a healthy verdict.
       evidence: every condition of the table, each once, in the same form.
     """
 
     outcome: str
+    title: str
     ready: bool
     text: str
     next: str
@@ -218,6 +220,7 @@ def verdict(health: dict[str, Any], thresholds: Thresholds = DEFAULT_THRESHOLDS)
         flagged = condition.threshold in FLAGS
         return {
             "figure": condition.figure,
+            "condition": f"{condition.figure} {condition.side} {condition.threshold}",
             "value": health.get(condition.figure),
             "ci95": health.get("ci95", {}).get(condition.figure),
             "threshold": getattr(thresholds, condition.threshold),
@@ -241,6 +244,7 @@ def verdict(health: dict[str, Any], thresholds: Thresholds = DEFAULT_THRESHOLDS)
     text = outcome.title if ready else f"{outcome.title}: {told}; next: {advice}"
     return Verdict(
         outcome=outcome.key,
+        title=outcome.title,
         ready=ready,
         text=text,
         next=advice,
