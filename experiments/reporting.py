@@ -110,7 +110,13 @@ def report_run(
 def _run(workdir, result, dataset) -> dict[str, Any]:
     evaluation = _json(workdir / "eval.json") if workdir else None
     curves = learning_curves(workdir) if workdir else {}
-    missing = list(result["missing"]) if result else ["nothing was mined, so no figures of data"]
+    no_figures = "nothing was mined, so there are no figures of data"
+    if workdir and (workdir / "health.json").is_file():
+        no_figures = (
+            "the data of this run were not analyzed: python -m experiments.analyze "
+            f"--workdir={workdir}"
+        )
+    missing = list(result["missing"]) if result else [no_figures]
     if evaluation is None:
         missing.append("no evaluation (eval.json): accuracy of methods, gallery")
     if not curves:
@@ -123,6 +129,7 @@ def _run(workdir, result, dataset) -> dict[str, Any]:
     return {
         "name": str(workdir) if workdir else result["source"],
         "result": result,
+        "no_figures": no_figures,
         "shown": SHOWN,
         "evaluation": evaluation,
         "health_charts": _health_charts(result) if result else [],
