@@ -6,7 +6,6 @@ By default what was mined, with every score and answer; or, unchanged, what was 
 may be training meanwhile. The file's form is explained in `lever_jax/rl_json.py`.
 """
 
-import json
 import pathlib
 
 from absl import flags
@@ -14,6 +13,7 @@ from absl import flags
 from experiments import cli, imported, settings
 from experiments.output import check_out
 from experiments.progress import bar, note, stage
+from experiments.stored import measured_stage
 from lever_jax.errors import InputError
 from lever_jax.rl_json import export_rl_json, write_rl_json
 from lever_jax.store import Store
@@ -49,7 +49,7 @@ def _mined(workdir: pathlib.Path) -> int:
                 f"{workdir} was mined on other data than its flags name now; put the files back as "
                 "they were, or the texts beside the pointers would be wrong"
             )
-        name = _stage(store, workdir)
+        name = measured_stage(store, workdir, STAGE.value)
         query_ids = store.proposed_queries(name).tolist()
         with bar("export: queries", len(query_ids)) as advance:
 
@@ -67,20 +67,6 @@ def _mined(workdir: pathlib.Path) -> int:
             )
     note(f"{totals['candidates']:,} pointers; {totals['unscored']:,} without a score left out")
     return totals["queries"]
-
-
-def _stage(store: Store, workdir: pathlib.Path) -> str:
-    """The stage to export: the one that is named, the one last measured, or the only one."""
-    names, wanted, health = store.proposal_stages(), STAGE.value, workdir / "health.json"
-    if wanted is None and len(names) == 1:
-        return names[0]
-    if wanted is None and health.exists():
-        wanted = json.loads(health.read_text(encoding="utf-8")).get("stage")
-    if wanted in names:
-        return wanted
-    if not names:
-        raise InputError(f"{workdir} has mined nothing yet; run experiments.mine there first")
-    raise InputError(f"--stage={STAGE.value or ''} is not one of {', '.join(names)} of {workdir}")
 
 
 def _imported(workdir: pathlib.Path) -> int:

@@ -21,6 +21,8 @@ from experiments.output import whole_file
 from experiments.picks import PickLines
 from experiments.progress import bar, note
 from experiments.session import Session
+from experiments.stored import keep_training_picks
+from experiments.watch import Watch, known_picks
 from lever_jax import checkpoint
 from lever_jax.diagnostics import Picks, health_csv, measure_health
 from lever_jax.errors import InputError
@@ -140,10 +142,15 @@ def check_health(session: Session, selector: Trained, name: str) -> dict[str, An
 
 
 def training_picks(session: Session, selector: Trained, name: str) -> np.ndarray:
-    """Accuracy [Q] of the selector's greedy pick on the training queries."""
+    """Accuracy [Q] of the selector's greedy pick on the training queries.
+
+    They are kept in training_picks.json, from where experiments.analyze tells whether training
+    used the data without asking the VLM again.
+    """
     proposer = Proposer(session.policy, session.train.table)
     pointers = proposer.greedy(selector.params, np.arange(len(session.train)), shots=_shots())
     scores = answer_picks(session.train, pointers, session.service, label=f"picks of {name}")
+    keep_training_picks(session.workdir, name, session.train.query_ids, scores["accuracy"])
     return scores["accuracy"]
 
 
@@ -211,6 +218,7 @@ def _grpo_rounds(session: Session, reference: Any, recipe: str, log: MetricsLog)
         first, learnt = metadata["round"], metadata["learnt"]
         note(f"resumed after round {first} of {len(rounds)}")
     proposer = Proposer(session.policy, session.train.table)
+    watch = Watch(session.workdir, recipe, int(state.step))
     key = phase_key(settings.SEED.value, "grpo")
     for i, (epoch, start) in list(enumerate(rounds))[first:]:
         order = np.random.default_rng([settings.SEED.value, epoch]).permutation(count)
@@ -235,6 +243,7 @@ def _grpo_rounds(session: Session, reference: Any, recipe: str, log: MetricsLog)
         drawn = {
             "sample_reward": np.nanmean(scores["reward"]),
             "sample_accuracy": np.nanmean(scores["accuracy"]),
+            **known_picks(session, proposer.greedy(state.params, rows, shots=_shots()), rows),
         }
         rows = []
         for update in range(settings.GRPO_UPDATES.value):
@@ -242,12 +251,14 @@ def _grpo_rounds(session: Session, reference: Any, recipe: str, log: MetricsLog)
             for batch in batches(groups, batch_size, seed):
                 state, metrics = step(state, reference, session.train.table, batch)
                 metrics = {**jax.device_get(metrics), **drawn}
-                rows.append(log.write("grpo", recipe, int(state.step), metrics))
+                at = int(state.step)
+                rows.append({"step": at, **log.write("grpo", recipe, at, metrics)})
         flat, kl, entropy = (np.mean([r[n] for r in rows]) for n in ("flat_share", "kl", "entropy"))
         note(
             f"round {i + 1}: samples {drawn['sample_accuracy']:.3f} right, {flat:.0%} of groups "
             f"flat and dropped, KL {kl:.3f}, entropy {entropy:.2f} nats"
         )
+        watch(rows)
         learnt |= any(row["flat_share"] < 1 for row in rows)
         checkpoint.save(partial, state, {"recipe": recipe, "round": i + 1, "learnt": learnt})
     return state.params if learnt else None

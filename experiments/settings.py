@@ -276,15 +276,23 @@ SIMILARITY_WEIGHT = flags.DEFINE_float("similarity_weight", 0.0, "Shaping of wro
 MAX_ZERO_POSITIVE = flags.DEFINE_float(
     "max_zero_positive",
     0.1,
-    "GRPO starts only if at most this share of queries has no positive.",
+    "GRPO starts only if, by its whole interval, at most this share of queries has no positive.",
     lower_bound=0.0,
     upper_bound=1.0,
 )
 MIN_SPEARMAN = flags.DEFINE_float(
     "min_spearman",
     0.3,
-    "GRPO starts only if gt_prob and accuracy correlate at least so much.",
+    "GRPO starts only if, by its whole interval, gt_prob and accuracy correlate more than this.",
     lower_bound=-1.0,
+    upper_bound=1.0,
+)
+MIN_HEADROOM = flags.DEFINE_float(
+    "min_headroom",
+    0.02,
+    "A gap of accuracy from the selector's pick to the best pointer below this leaves nothing to "
+    "learn.",
+    lower_bound=0.0,
     upper_bound=1.0,
 )
 FORCE_GRPO = flags.DEFINE_bool("force_grpo", False, "Start GRPO whatever the health check says.")
@@ -701,7 +709,7 @@ def loss_config() -> LossConfig:
 
 def thresholds() -> Thresholds:
     """What GRPO asks of the data."""
-    return Thresholds(MAX_ZERO_POSITIVE.value, MIN_SPEARMAN.value)
+    return Thresholds(MAX_ZERO_POSITIVE.value, MIN_SPEARMAN.value, MIN_HEADROOM.value)
 
 
 def evaluation_config() -> EvaluationConfig:

@@ -48,6 +48,39 @@ def print_health(health: dict[str, Any]) -> None:
     note(f"verdict: {health['verdict']}")
 
 
+def print_analysis(result: dict[str, Any]) -> None:
+    """Prints what analysis.json has beyond the health figures, and what could not be measured."""
+    table = Table(title="behind the figures", title_justify="left")
+    for column in ("figure", "value", "95% interval", "n"):
+        side = "left" if column == "figure" else "right"
+        table.add_column(column, justify=side, no_wrap=True)
+
+    def row(name: str, entry: dict[str, Any]) -> None:
+        table.add_row(name, number(entry["value"]), interval(entry["ci95"]), number(entry["n"]))
+
+    for name, entry in result["explained_by_source"].items():
+        if name != "by_source":
+            row(f"variance explained by source, {name}", entry)
+    for name, entry in result["calibration"]["spearman"].items():
+        row(f"spearman of gt_prob and accuracy, {name}", entry)
+    for name, entry in (result["similarity"] or {}).items():
+        if name != "n":
+            row(f"similarity, {name}", entry)
+    noise = result["rescored"] or (result["duplicates"] or {}).get("label_noise") or {}
+    for name, entry in noise.items():
+        if name != "pairs":
+            row(f"label noise, {name}", entry)
+    health = result["health"]
+    for name in ("headroom_left", "training_use", "ceiling_gain", "ceiling_found"):
+        if health[name] is not None:
+            table.add_row(name, number(health[name]), interval(health["ci95"][name]), "")
+    CONSOLE.print(table)
+    for failure in result["failures"][:5]:
+        note(f"eval_failed: {failure['count']:,} x {failure['reason']}")
+    for text in result["missing"]:
+        note(f"not measured: {text}")
+
+
 def print_evaluation(result: dict[str, Any]) -> None:
     """Prints accuracy with n and interval by method, shots and answer type; paired differences."""
     shots = list(result["shots"])

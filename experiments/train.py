@@ -9,7 +9,7 @@ Phases, in order; each is skipped where an earlier run in the same workdir finis
   4. health  is the data worth training on? GRPO does not start if not   (--force_grpo overrides)
   5. RCE     reward-weighted cross-entropy on the mined groups
   6. GRPO    on-policy, through the same two stages
-  7. evaluate every method on held-out queries: eval.json and the table
+  7. evaluate every method on held-out queries: eval.json and the table; then report.html
 """
 
 import time
@@ -19,6 +19,7 @@ import numpy as np
 from experiments import cli, imported, phases, plan, settings
 from experiments.metrics import MetricsLog
 from experiments.progress import note, stage
+from experiments.reporting import report_run
 from experiments.session import open_session
 from experiments.tables import print_evaluation, print_health
 
@@ -59,6 +60,7 @@ def main():
         print_evaluation(result)
         log.close()
         print_costs(session, time.monotonic() - started)
+    report_run(workdir, session.dataset)
 
 
 def make_data(session, log):

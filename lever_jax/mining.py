@@ -285,17 +285,36 @@ def mined_candidates(
     """
     mined, records = _mined(stage, queries, store)
     scores = columns(records)
-    scores["accuracy"] = np.where(mined.kept == 1, scores["accuracy"], np.nan)
+    for name in ("accuracy", "similarity"):
+        scores[name] = np.where(mined.kept == 1, scores[name], np.nan)
     return Candidates(
         query_id=mined.query_ids,
         source=np.array(mined.sources),
         gt_prob=scores["gt_prob"],
         accuracy=scores["accuracy"],
         reward=reward.of(scores),
-        failed=np.array([record.eval_failed is not None for record in records]),
+        failed=np.array([record.eval_failed is not None for record in records], bool),
         pointer=mined.pointers,
         sampled=uniform_sample(mined.query_ids, mined.pointers, config.verify_uniform),
+        position=positions_in_pool(queries, mined.query_ids, mined.pointers),
+        similarity=scores["similarity"],
+        reason=np.array([record.eval_failed or "" for record in records], str),
     )
+
+
+def positions_in_pool(
+    queries: PooledQueries, query_ids: np.ndarray, demo_ids: np.ndarray
+) -> np.ndarray:
+    """Actions int64 [n, S] of demonstration ids [n, S]; -1 where one is not in the query's pool."""
+    order = np.argsort(queries.query_ids, kind="stable")
+    row = order[np.searchsorted(queries.query_ids[order], query_ids)]
+    found = np.full(demo_ids.shape, -1, np.int64)
+    for shot in range(demo_ids.shape[1]):
+        matches = (queries.pool_ids[row] == demo_ids[:, shot, None]) & (
+            demo_ids[:, shot, None] >= 0
+        )
+        found[:, shot] = np.where(matches.any(axis=1), matches.argmax(axis=1), -1)
+    return found
 
 
 def _mined(stage, queries, store) -> tuple[Proposals, list[ScoreRecord]]:

@@ -5,7 +5,7 @@ import pytest
 import scipy.stats
 
 from lever_jax import statistics
-from lever_jax.statistics import Estimate
+from lever_jax.statistics import Estimate, mean_ci, ratios_ci, share_ci
 
 
 def test_mean_ci_equals_scipy():
@@ -224,3 +224,42 @@ def test_spearman_degenerate():
         statistics.spearman([1.0, np.nan], [1.0, 2.0])
     with pytest.raises(ValueError, match="3 and 2"):
         statistics.spearman([1, 2, 3], [1, 2])
+
+
+def test_ratios_against_numpy_and_the_single_column_bootstrap():
+    rng = np.random.default_rng()
+    totals = rng.integers(0, 5, (60, 4))
+    hits = rng.binomial(totals, [0.1, 0.4, 0.6, 0.9])
+    found = ratios_ci(hits, totals, resamples=2000)
+    for column, estimate in enumerate(found):
+        own = totals[:, column] > 0
+        assert estimate.n == own.sum()
+        np.testing.assert_allclose(estimate.value, hits[:, column].sum() / totals[:, column].sum())
+        alone = share_ci(hits[:, column], totals[:, column], resamples=2000, seed=1)
+        np.testing.assert_allclose(estimate.interval, alone.interval, atol=0.03)
+
+
+def test_ratios_by_an_explicit_bootstrap():
+    rng = np.random.default_rng(3)
+    top, bottom = rng.random((7, 2)), 1 + rng.random((7, 2))
+    drawn = np.random.default_rng(0).integers(7, size=(50, 7))  # one batch, as in ratios_ci
+    resampled = np.stack([top[rows].sum(axis=0) / bottom[rows].sum(axis=0) for rows in drawn])
+    expected = np.quantile(resampled, [0.025, 0.975], axis=0)
+    for column, estimate in enumerate(ratios_ci(top, bottom, resamples=50)):
+        np.testing.assert_allclose(estimate.interval, expected[:, column])
+
+
+def test_ratios_of_degenerate_columns():
+    zero, one = np.zeros((4, 1)), np.ones((4, 1))
+    assert ratios_ci(zero, zero)[0] == (None, None, None, 0)
+    assert ratios_ci(zero[:0], zero[:0])[0] == (None, None, None, 0)
+    assert ratios_ci(np.zeros((3, 0)), np.zeros((3, 0))) == []
+    # All agree: from Wilson's bound, as in mean_ci, where bounds are known.
+    (agreed,) = ratios_ci(one, one, bounds=(0.0, 1.0))
+    assert agreed == mean_ci(one[:, 0], bounds=(0.0, 1.0))
+    assert ratios_ci(one[:1], one[:1])[0] == (1.0, None, None, 1)
+    # A negative sum below has no ratio; a query of 0 below counts above.
+    assert ratios_ci(one, -one)[0].value is None
+    assert ratios_ci(np.array([[1.0], [1.0]]), np.array([[2.0], [0.0]]))[0].value == 1.0
+    with pytest.raises(ValueError, match="must be"):
+        ratios_ci(one, one[:2])

@@ -38,6 +38,41 @@ def test_everything_is_in_the_workdir(trained):
     assert {row["phase"] for row in metrics(workdir)} == {"warmup", "rce", "grpo"}
 
 
+def test_the_report_and_its_figures_are_in_the_workdir(trained):
+    workdir, _, printed = trained
+    result = json.loads((workdir / "analysis.json").read_text())
+    health = json.loads((workdir / "health.json").read_text())
+    assert result["stage"] == health["stage"]
+    assert result["trained"] == "GRPO"
+    for name in ("queries", "positive_rate", "spearman_gt_prob_accuracy", "model_pick", "headroom"):
+        assert result["health"][name] == health[name]
+    assert result["health"]["training_use"] is not None
+    assert (workdir / "analysis.csv").read_text().startswith("section,series,figure,x,n,value")
+    text = (workdir / "report.html").read_text()
+    assert len(text) < 5 * 2**20
+    for part in ("Verdict", "selector_grpo", "Calibration", "grpo: KL", "Gallery", "data:image/"):
+        assert part in text
+    assert "report.html" in printed
+    rows = [row for row in metrics(workdir) if row["phase"] == "grpo"]
+    assert all(0 <= row["similarity_overlap"] <= 1 for row in rows)
+
+
+def test_a_run_is_analyzed_again_and_another_file_without_a_run(trained, tmp_path):
+    workdir, _, _ = trained
+    before = json.loads((workdir / "analysis.json").read_text())
+    again = run("analyze", f"--workdir={workdir}", f"--analysis={tmp_path}")
+    assert again.returncode == 0, again.stderr
+    assert json.loads((tmp_path / "analysis.json").read_text()) == before
+    for flags, words in (
+        ([f"--workdir={tmp_path}"], "holds no run"),
+        (["--rl_json=/no/such.json"], "cannot read /no/such.json"),
+        (["--rl_json=x.json", "--ceiling_queries=5"], "--ceiling_queries asks a VLM"),
+    ):
+        bad = run("analyze", *flags)
+        assert bad.returncode == 2, bad.stderr
+        assert words in bad.stderr.strip().splitlines()[-1]
+
+
 def test_picks_add_up_to_the_table(trained):
     workdir, _, _ = trained
     table = json.loads((workdir / "eval.json").read_text())["shots"]
