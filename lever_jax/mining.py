@@ -264,6 +264,7 @@ def group_batch(
     log_probs: np.ndarray,
     *,
     size: int | None = None,
+    inclusion_log_probs: np.ndarray | None = None,
 ) -> GroupBatch:
     """Gathers pointers into groups by query.
 
@@ -274,6 +275,7 @@ def group_batch(
       rewards: [n]; pointers without one (NaN) are left out.
       log_probs: [n] under the policy that drew them, nats.
       size: G; the largest group by default.
+      inclusion_log_probs: [n] of pointers drawn without replacement.
 
     Returns:
       One group a query that has any pointer, padded to G by mask.
@@ -304,9 +306,12 @@ def group_batch(
         rewards=np.zeros(shape, np.float32),
         behaviour_log_probs=np.zeros(shape, np.float32),
         mask=np.zeros(shape, bool),
+        inclusion_log_probs=None if inclusion_log_probs is None else np.zeros(shape, np.float32),
     )
     for i, m in enumerate(members):
         m = m[:width]
+        if inclusion_log_probs is not None:
+            batch.inclusion_log_probs[i, : len(m)] = inclusion_log_probs[m]
         batch.pointers[i, : len(m)] = actions[m]
         batch.rewards[i, : len(m)] = rewards[m]
         batch.behaviour_log_probs[i, : len(m)] = log_probs[m]
@@ -372,6 +377,7 @@ def on_policy_round(
     verify: str,
     config: MiningConfig,
     label: str,
+    draws: str = "iid",
 ) -> tuple[GroupBatch, dict[str, np.ndarray]]:
     """Draws a group a query from the policy and has the VLM judge it, through both stages.
 
@@ -384,22 +390,33 @@ def on_policy_round(
       service: scores and answers, through the store.
       reward: how scores become rewards.
       shots: S.
-      group_size: G, i.i.d. draws a query; equal draws are scored once and count twice.
+      group_size: G, draws a query; equal i.i.d. draws are scored once and count twice.
       verify: `all` answers every pointer; `top_m` only the best and the lowest ones, and leaves
         the rest out of the group, which biases the gradient.
       config: `verify_best` and `verify_low` for `top_m`.
       label: of the progress bar.
+      draws: `iid`, or without replacement (`training.DRAWS`), which wants verify="all".
 
     Returns:
       Groups [n, G], and the scores of the draws, flat.
 
     Raises:
-      InputError: an unknown `verify`.
+      InputError: an unknown `verify`, or one that does not go with `draws`.
     """
     if verify not in VERIFY:
         raise InputError(f"--verify={verify} is not one of {', '.join(VERIFY)}")
-    drawn = proposer.on_policy(params, key, rows, shots=shots, num=group_size)
+    if draws != "iid" and verify != "all":
+        raise InputError(
+            f"--draws={draws} weighs every pointer by its probability of being drawn; with "
+            f"--verify={verify} some are left out by their score. Use --verify=all or --draws=iid"
+        )
+    options, inclusion = {"shots": shots, "num": group_size}, None
+    if draws == "iid":
+        drawn = proposer.on_policy(params, key, rows, **options)
+    else:
+        drawn, inclusion = proposer.without_replacement(params, key, rows, **options)
     group, place = np.nonzero(drawn.mask)
+    inclusion = None if inclusion is None else inclusion[group, place]
     owner = np.asarray(rows)[group]
     ids = queries.demo_ids(owner, drawn.pointers[group, place])
     owner_ids = queries.query_ids[owner]
@@ -410,6 +427,12 @@ def on_policy_round(
     scores = columns(service.verify(owner_ids, ids, label=label))
     rewards = reward.of(scores)
     batch = group_batch(
-        queries, owner_ids, ids, rewards, drawn.log_probs[group, place], size=group_size
+        queries,
+        owner_ids,
+        ids,
+        rewards,
+        drawn.log_probs[group, place],
+        size=group_size,
+        inclusion_log_probs=inclusion,
     )
     return batch, {**scores, "reward": rewards}

@@ -12,7 +12,14 @@ import jax
 import numpy as np
 
 from lever_jax.policy import Params, Policy
-from lever_jax.sampling import beam_search, local_search, sample_mixture, sample_temperature
+from lever_jax.sampling import (
+    beam_search,
+    inclusion_log_probs,
+    local_search,
+    sample_mixture,
+    sample_temperature,
+    stochastic_beam_search,
+)
 from lever_jax.training import PoolTable
 from lever_jax.types import Rollouts, source_index
 
@@ -53,6 +60,20 @@ class Proposer:
             return drawn._replace(sources=jax.numpy.full(num, source_index("policy")))
 
         return self._run(("policy", shots, num), draw, params, key, rows)
+
+    def without_replacement(
+        self, params: Params, key: jax.Array, rows: np.ndarray, *, shots: int, num: int
+    ) -> tuple[Rollouts, np.ndarray]:
+        """Different draws from the policy, and their inclusion log-probabilities [n, num]."""
+
+        def draw(policy, params, key, encoding, mask):
+            drawn = stochastic_beam_search(
+                policy, params, key, encoding, mask, num=num, shots=shots
+            )
+            log_probs = drawn.rollouts.log_probs
+            return drawn.rollouts, inclusion_log_probs(log_probs, drawn.threshold)
+
+        return self._run(("sbs", shots, num), draw, params, key, rows)
 
     def mixture(
         self,
@@ -115,7 +136,7 @@ class Proposer:
         name = ("local_search", *scored.pointers.shape[1:], num)
         return self._run(name, draw, params, key, rows, scored, np.asarray(scores, np.float32))
 
-    def _run(self, name: tuple, draw, params: Params, key: jax.Array, rows, *given) -> Rollouts:
+    def _run(self, name: tuple, draw, params: Params, key: jax.Array, rows, *given):
         """Draws for the queries of `rows` [n]; `given` are trees of arrays [n, ...] of theirs."""
         if name not in self._compiled:
             self._compiled[name] = jax.jit(functools.partial(self._many, draw))
@@ -127,7 +148,7 @@ class Proposer:
                 (rows, given),
             )
             parts.append(run(params, key, self._table, chunk, *own))
-        return Rollouts(*(np.concatenate(columns)[: len(rows)] for columns in zip(*parts)))
+        return jax.tree.map(lambda *own: np.concatenate(own)[: len(rows)], *parts)
 
     def _padded(self, array: np.ndarray) -> np.ndarray:
         """An array [n, ...] repeated at its end to the batch's size."""
