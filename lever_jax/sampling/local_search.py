@@ -14,8 +14,9 @@ from lever_jax.sampling.rollouts import as_rollouts
 from lever_jax.sampling.uniform import sample_uniform_distinct
 from lever_jax.types import Rollouts, source_index
 
-PARENTS = 8
-"""The best pointers that are mutated: few enough to be good, more than one to leave a dead end."""
+PARENTS = 2
+"""The best pointers that are mutated: more than one, so that their picks combine. With 2 of them
+16 evaluations a query of the embedded world find 0.9455 on average, with 8 of them 0.9315."""
 
 TRIES = 4
 """Mutants made for each one wanted; those already scored, or made before, are dropped."""

@@ -106,6 +106,20 @@ def distinct(rollouts: Rollouts, num: int, besides: Rollouts | None = None) -> R
     )
 
 
+def scale_quotas(quotas: Mapping[str, int], num: int) -> dict[str, int]:
+    """Quotas in the same proportions that sum to `num`, by largest remainder.
+
+    >>> scale_quotas({"beam": 16, "sbs": 24, "random": 24}, 8)
+    {'beam': 2, 'sbs': 3, 'random': 3}
+    """
+    total = sum(quotas.values())
+    scaled = {name: count * num // total for name, count in quotas.items()}
+    by_remainder = sorted(quotas, key=lambda name: -(quotas[name] * num % total))
+    for name in by_remainder[: num - sum(scaled.values())]:
+        scaled[name] += 1
+    return scaled
+
+
 def check_quotas(
     quotas: Mapping[str, int], num: int, *, sources: tuple[str, ...] = MIXABLE
 ) -> None:
