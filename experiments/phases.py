@@ -235,6 +235,7 @@ def _grpo_rounds(session: Session, reference: Any, recipe: str, log: MetricsLog)
             group_size=settings.GROUP_SIZE.value,
             verify=settings.VERIFY.value,
             config=settings.mining_config(),
+            draws=settings.DRAWS.value,
             label=f"GRPO round {i + 1}/{len(rounds)}",
         )
         if not len(groups.query_rows):
@@ -429,7 +430,7 @@ def _read_by(kind: str) -> dict[str, Any]:
 def _digest(arrays) -> str:
     """Identifies the content of some arrays."""
     digest = hashlib.sha256()
-    for array in map(np.ascontiguousarray, arrays):
+    for array in map(np.ascontiguousarray, jax.tree.leaves(arrays)):
         digest.update(f"{array.dtype} {array.shape}".encode())
         digest.update(array.tobytes())
     return digest.hexdigest()

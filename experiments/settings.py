@@ -13,7 +13,7 @@ import pathlib
 from absl import flags
 
 from experiments.output import write_out
-from lever_jax import decoding
+from lever_jax import decoding, training
 from lever_jax.advantages import ADVANTAGES
 from lever_jax.demonstrations import RUN_FILE
 from lever_jax.diagnostics import Thresholds
@@ -329,6 +329,13 @@ TAU = flags.DEFINE_float(
     "tau", 1.0, "Temperature of RCE's softmax over rewards, > 0.", lower_bound=1e-06
 )
 ADVANTAGE = flags.DEFINE_enum("advantage", "group", tuple(ADVANTAGES), "Baseline of a group.")
+DRAWS = flags.DEFINE_enum(
+    "draws",
+    "iid",
+    training.DRAWS,
+    "GRPO's groups: i.i.d. draws, or without replacement (sbs: unbiased, by its own baseline "
+    "instead of --advantage; sbs_normalised: of lower variance).",
+)
 CLIP_LOW = flags.DEFINE_float(
     "clip_low", 0.2, "GRPO clips the ratio below at 1 - clip_low.", lower_bound=0.0
 )
@@ -550,6 +557,10 @@ def check() -> None:
     ):
         make()
     _check_numbers()
+    if DRAWS.value != "iid" and VERIFY.value != "all":
+        raise InputError(
+            f"--draws={DRAWS.value} needs --verify=all: every draw counts by its probability"
+        )
     answered = VERIFY_BEST.value + VERIFY_LOW.value
     if VERIFY.value == "top_m" and answered >= GROUP_SIZE.value:
         raise InputError(
@@ -649,14 +660,14 @@ def pool_config() -> PoolConfig:
         size=POOL_SIZE.value,
         image_weight=IMAGE_WEIGHT.value,
         question_weight=QUESTION_WEIGHT.value,
-        shares=_counts("pool_shares", POOL_SHARES.value, "image:8"),
+        shares=counts("pool_shares", POOL_SHARES.value, "image:8"),
         near_duplicate=NEAR_DUPLICATE.value,
         seed=WORLD_SEED.value,
         memory_mib=RETRIEVAL_MIB.value,
     )
 
 
-def _counts(flag: str, items: list[str], example: str) -> dict[str, int]:
+def counts(flag: str, items: list[str], example: str) -> dict[str, int]:
     """Reads `source:count` items."""
     counts = {}
     for item in items:
@@ -679,7 +690,7 @@ def mining_config() -> MiningConfig:
     """How pointers are proposed and verified."""
     return MiningConfig(
         proposals=PROPOSALS.value,
-        quotas=_counts("quotas", QUOTAS.value, "beam:12"),
+        quotas=counts("quotas", QUOTAS.value, "beam:12"),
         temperature=TEMPERATURE.value,
         top_p=TOP_P.value,
         verify_best=VERIFY_BEST.value,
@@ -704,6 +715,7 @@ def loss_config() -> LossConfig:
         clip_high=CLIP_HIGH.value,
         kl_coef=KL_COEF.value,
         min_range=MIN_RANGE.value,
+        draws=DRAWS.value,
     )
 
 

@@ -138,6 +138,7 @@ def grpo_loss(
     clip_low: float = 0.2,
     clip_high: float = 0.2,
     where: jax.Array | None = None,
+    weights: jax.Array | None = None,
 ) -> tuple[jax.Array, GrpoAux]:
     """Clipped policy-gradient loss over the pointers of one query group.
 
@@ -156,6 +157,8 @@ def grpo_loss(
       clip_high: >= 0; how far above 1 a ratio still pushes a good pointer up. Larger than
         clip_low lets rare pointers grow (DAPO's clip-higher).
       where: [G] bool, which pointers count. All by default.
+      weights: [G] >= 0, of the pointers in the sum that stands in place of the mean, as draws
+        without replacement want (`advantages.without_replacement`); no gradient.
 
     Returns:
       Loss in units of the advantage, and `GrpoAux`. A log-ratio beyond 20 nats counts as 20.
@@ -179,10 +182,19 @@ def grpo_loss(
         clip_share=_masked_mean(removed.astype(log_probs.dtype), where),
         ratio_mean=_masked_mean(ratio, where),
     )
-    return -_masked_mean(objective, where), jax.tree.map(jax.lax.stop_gradient, aux)
+    aux = jax.tree.map(jax.lax.stop_gradient, aux)
+    if weights is None:
+        return -_masked_mean(objective, where), aux
+    weights = jnp.where(where, jax.lax.stop_gradient(weights), 0.0)
+    return -jnp.sum(weights * jnp.where(where, objective, 0.0)), aux
 
 
-def exact_kl(log_p: jax.Array, log_q: jax.Array, where: jax.Array | None = None) -> jax.Array:
+def exact_kl(
+    log_p: jax.Array,
+    log_q: jax.Array,
+    where: jax.Array | None = None,
+    weights: jax.Array | None = None,
+) -> jax.Array:
     """KL(policy || reference) of one query group, summed exactly over the K actions of each step.
 
     KL = mean_i sum_s sum_k p(k | prefix_is) * (log p(k | prefix_is) - log q(k | prefix_is))
@@ -196,6 +208,8 @@ def exact_kl(log_p: jax.Array, log_q: jax.Array, where: jax.Array | None = None)
         Actions that are masked or already taken may be -inf or very negative, with any log_q.
       log_q: [G, S, K] the same prefixes under the reference policy.
       where: [G] or [G, S] bool, which pointers, or which of their steps, count. All by default.
+      weights: [G] >= 0, any scale, of the pointers in the mean; equal by default. Draws without
+        replacement need theirs, or the KL is that at prefixes the policy rarely visits.
 
     Returns:
       Scalar >= 0, in nats per pointer; 0 if nothing counts. Infinite, or
@@ -218,8 +232,12 @@ def exact_kl(log_p: jax.Array, log_q: jax.Array, where: jax.Array | None = None)
     safe_p = jnp.where(live, log_p, 0.0)
     safe_q = jnp.where(live, log_q, 0.0)
     terms = jnp.where(live, jnp.exp(safe_p) * (safe_p - safe_q), 0.0)
-    pointers = jnp.sum(jnp.any(steps, axis=1))
-    return jnp.sum(terms) / jnp.maximum(pointers, 1)
+    counted = jnp.any(steps, axis=1)
+    if weights is None:
+        return jnp.sum(terms) / jnp.maximum(jnp.sum(counted), 1)
+    weights = jnp.where(counted, jax.lax.stop_gradient(weights), 0.0)
+    total = jnp.sum(weights)
+    return jnp.sum(weights[:, None, None] * terms) / jnp.where(total > 0, total, 1.0)
 
 
 def kl_k1(log_probs: jax.Array, ref_log_probs: jax.Array, where: jax.Array | None = None):

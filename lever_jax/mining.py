@@ -1,6 +1,7 @@
 """Two-stage mining: score many proposals cheaply, generate for the few that matter.
 
-Stage A scores every proposal of a query by `vqa_gt_prob`, without generating. Stage B asks for
+Stage A scores every proposal of a query by `vqa_gt_prob`, without generating: first those that
+need no scores, then, where the quotas ask for it, a local search around the best. Stage B asks for
 the VLM's own answer to the best of them, to some low ones for contrast, and to a few drawn
 uniformly, which the health figures are estimated from; where stage A has certified the greedy
 answer it costs nothing. What has an answer is kept, with its source and log-probability, and is
@@ -19,13 +20,15 @@ from lever_jax.errors import InputError
 from lever_jax.pooled import PooledQueries
 from lever_jax.proposing import Proposer
 from lever_jax.rewards import compute_rewards
-from lever_jax.sampling import check_quotas
+from lever_jax.sampling import MIXABLE, check_quotas
 from lever_jax.scoring import ScoringService, columns
 from lever_jax.store import Proposals, ScoreRecord, Store
 from lever_jax.training import GroupBatch
-from lever_jax.types import SOURCES
+from lever_jax.types import SOURCES, Rollouts
 
 VERIFY = ("all", "top_m")
+LOCAL_SEARCH = "local_search"
+"""The source whose quota is proposed in a second step, around the best of the first."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,7 +37,8 @@ class MiningConfig:
 
     Attributes:
       proposals: pointers scored a query in stage A.
-      quotas: how many of them from each source; the rest is drawn at random.
+      quotas: how many of them from each source; the rest is drawn at random. `local_search` comes
+        last, whatever its place.
       temperature: of the source `sample`.
       top_p: of the source `top_p`.
       verify_best: pointers of highest gt_prob answered in stage B.
@@ -61,7 +65,12 @@ class MiningConfig:
     batch: int = 100
 
     def __post_init__(self):
-        check_quotas(self.quotas, self.proposals)
+        check_quotas(self.quotas, self.proposals, sources=(*MIXABLE, LOCAL_SEARCH))
+        if self.proposals == self.local > 0:
+            raise InputError(
+                f"--quotas: local_search:{self.local} is all of --proposals={self.proposals}; it "
+                "needs others that are scored first"
+            )
         if self.verify_best < 2 or self.verify_low < 1:
             raise InputError(
                 f"--verify_best={self.verify_best} and --verify_low={self.verify_low}: a group "
@@ -72,6 +81,11 @@ class MiningConfig:
                 f"--verify_uniform={self.verify_uniform}: the health figures are estimated from "
                 "pointers drawn uniformly; give at least 1"
             )
+
+    @property
+    def local(self) -> int:
+        """Pointers a query that are proposed around the best of the others."""
+        return self.quotas.get(LOCAL_SEARCH, 0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -125,16 +139,7 @@ def mine(
     for start in range(0, len(remaining), config.batch):
         rows = remaining[start : start + config.batch]
         label = f"mining {start + len(rows)}/{len(remaining)} queries"
-        drawn = proposer.mixture(
-            params,
-            key,
-            rows,
-            shots=shots,
-            num=config.proposals,
-            quotas=config.quotas,
-            temperature=config.temperature,
-            top_p=config.top_p,
-        )
+        drawn = propose(queries, rows, proposer, params, key, service, config, shots, label)
         group, place = np.nonzero(drawn.mask)
         owner = rows[group]
         ids = queries.demo_ids(owner, drawn.pointers[group, place])
@@ -152,6 +157,56 @@ def mine(
             drawn.log_probs[group, place],
             kept=answered,
         )
+
+
+def propose(
+    queries: PooledQueries,
+    rows: np.ndarray,
+    proposer: Proposer,
+    params,
+    key: jax.Array,
+    service: ScoringService,
+    config: MiningConfig,
+    shots: int,
+    label: str,
+) -> Rollouts:
+    """The proposals of some queries; scores those that the local search starts from.
+
+    Args:
+      queries: with their pools.
+      rows: int [n] which of them.
+      proposer: draws pointers.
+      params: of the selector that proposes.
+      key: of the stage.
+      service: scores prompts, through the store.
+      config: how many from which source.
+      shots: S.
+      label: of the progress bar.
+
+    Returns:
+      Rollouts [n, `config.proposals`], different pointers within a query.
+    """
+    drawn = proposer.mixture(
+        params,
+        key,
+        rows,
+        shots=shots,
+        num=config.proposals - config.local,
+        quotas={name: count for name, count in config.quotas.items() if name != LOCAL_SEARCH},
+        temperature=config.temperature,
+        top_p=config.top_p,
+    )
+    if not config.local:
+        return drawn
+    group, place = np.nonzero(drawn.mask)
+    owner = rows[group]
+    ids = queries.demo_ids(owner, drawn.pointers[group, place])
+    gt_prob = np.full(drawn.mask.shape, np.nan, np.float32)
+    records = service.score(queries.query_ids[owner], ids, label=label)
+    gt_prob[group, place] = columns(records)["gt_prob"]
+    key = jax.random.fold_in(key, SOURCES.index(LOCAL_SEARCH))
+    near = proposer.local_search(params, key, rows, drawn, gt_prob, num=config.local)
+    return jax.tree.map(lambda a, b: np.concatenate([a, b], axis=1), drawn, near)
 
 
 def choose(group: np.ndarray, gt_prob: np.ndarray, best: int, low: int) -> np.ndarray:
@@ -209,6 +264,7 @@ def group_batch(
     log_probs: np.ndarray,
     *,
     size: int | None = None,
+    inclusion_log_probs: np.ndarray | None = None,
 ) -> GroupBatch:
     """Gathers pointers into groups by query.
 
@@ -219,6 +275,7 @@ def group_batch(
       rewards: [n]; pointers without one (NaN) are left out.
       log_probs: [n] under the policy that drew them, nats.
       size: G; the largest group by default.
+      inclusion_log_probs: [n] of pointers drawn without replacement.
 
     Returns:
       One group a query that has any pointer, padded to G by mask.
@@ -249,9 +306,12 @@ def group_batch(
         rewards=np.zeros(shape, np.float32),
         behaviour_log_probs=np.zeros(shape, np.float32),
         mask=np.zeros(shape, bool),
+        inclusion_log_probs=None if inclusion_log_probs is None else np.zeros(shape, np.float32),
     )
     for i, m in enumerate(members):
         m = m[:width]
+        if inclusion_log_probs is not None:
+            batch.inclusion_log_probs[i, : len(m)] = inclusion_log_probs[m]
         batch.pointers[i, : len(m)] = actions[m]
         batch.rewards[i, : len(m)] = rewards[m]
         batch.behaviour_log_probs[i, : len(m)] = log_probs[m]
@@ -336,6 +396,7 @@ def on_policy_round(
     verify: str,
     config: MiningConfig,
     label: str,
+    draws: str = "iid",
 ) -> tuple[GroupBatch, dict[str, np.ndarray]]:
     """Draws a group a query from the policy and has the VLM judge it, through both stages.
 
@@ -348,22 +409,33 @@ def on_policy_round(
       service: scores and answers, through the store.
       reward: how scores become rewards.
       shots: S.
-      group_size: G, i.i.d. draws a query; equal draws are scored once and count twice.
+      group_size: G, draws a query; equal i.i.d. draws are scored once and count twice.
       verify: `all` answers every pointer; `top_m` only the best and the lowest ones, and leaves
         the rest out of the group, which biases the gradient.
       config: `verify_best` and `verify_low` for `top_m`.
       label: of the progress bar.
+      draws: `iid`, or without replacement (`training.DRAWS`), which wants verify="all".
 
     Returns:
       Groups [n, G], and the scores of the draws, flat.
 
     Raises:
-      InputError: an unknown `verify`.
+      InputError: an unknown `verify`, or one that does not go with `draws`.
     """
     if verify not in VERIFY:
         raise InputError(f"--verify={verify} is not one of {', '.join(VERIFY)}")
-    drawn = proposer.on_policy(params, key, rows, shots=shots, num=group_size)
+    if draws != "iid" and verify != "all":
+        raise InputError(
+            f"--draws={draws} weighs every pointer by its probability of being drawn; with "
+            f"--verify={verify} some are left out by their score. Use --verify=all or --draws=iid"
+        )
+    options, inclusion = {"shots": shots, "num": group_size}, None
+    if draws == "iid":
+        drawn = proposer.on_policy(params, key, rows, **options)
+    else:
+        drawn, inclusion = proposer.without_replacement(params, key, rows, **options)
     group, place = np.nonzero(drawn.mask)
+    inclusion = None if inclusion is None else inclusion[group, place]
     owner = np.asarray(rows)[group]
     ids = queries.demo_ids(owner, drawn.pointers[group, place])
     owner_ids = queries.query_ids[owner]
@@ -374,6 +446,12 @@ def on_policy_round(
     scores = columns(service.verify(owner_ids, ids, label=label))
     rewards = reward.of(scores)
     batch = group_batch(
-        queries, owner_ids, ids, rewards, drawn.log_probs[group, place], size=group_size
+        queries,
+        owner_ids,
+        ids,
+        rewards,
+        drawn.log_probs[group, place],
+        size=group_size,
+        inclusion_log_probs=inclusion,
     )
     return batch, {**scores, "reward": rewards}

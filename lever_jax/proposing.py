@@ -12,7 +12,14 @@ import jax
 import numpy as np
 
 from lever_jax.policy import Params, Policy
-from lever_jax.sampling import beam_search, sample_mixture, sample_temperature
+from lever_jax.sampling import (
+    beam_search,
+    inclusion_log_probs,
+    local_search,
+    sample_mixture,
+    sample_temperature,
+    stochastic_beam_search,
+)
 from lever_jax.training import PoolTable
 from lever_jax.types import Rollouts, source_index
 
@@ -54,6 +61,20 @@ class Proposer:
 
         return self._run(("policy", shots, num), draw, params, key, rows)
 
+    def without_replacement(
+        self, params: Params, key: jax.Array, rows: np.ndarray, *, shots: int, num: int
+    ) -> tuple[Rollouts, np.ndarray]:
+        """Different draws from the policy, and their inclusion log-probabilities [n, num]."""
+
+        def draw(policy, params, key, encoding, mask):
+            drawn = stochastic_beam_search(
+                policy, params, key, encoding, mask, num=num, shots=shots
+            )
+            log_probs = drawn.rollouts.log_probs
+            return drawn.rollouts, inclusion_log_probs(log_probs, drawn.threshold)
+
+        return self._run(("sbs", shots, num), draw, params, key, rows)
+
     def mixture(
         self,
         params: Params,
@@ -85,27 +106,63 @@ class Proposer:
         name = ("mixture", shots, num, tuple(quotas.items()), temperature, top_p)
         return self._run(name, draw, params, key, rows)
 
-    def _run(self, name: tuple, draw, params: Params, key: jax.Array, rows) -> Rollouts:
+    def local_search(
+        self,
+        params: Params,
+        key: jax.Array,
+        rows: np.ndarray,
+        scored: Rollouts,
+        scores: np.ndarray,
+        *,
+        num: int,
+    ) -> Rollouts:
+        """New pointers near the best of those that were scored, see `sampling.local_search`.
+
+        Args:
+          params: of the selector.
+          key: of the phase.
+          rows: int [n].
+          scored: Rollouts [n, G] of these queries.
+          scores: [n, G] higher is better; NaN where unknown.
+          num: pointers a query.
+
+        Returns:
+          Rollouts [n, num].
+        """
+
+        def draw(policy, params, key, encoding, mask, scored, scores):
+            return local_search(policy, params, key, encoding, mask, scored, scores, num=num)
+
+        name = ("local_search", *scored.pointers.shape[1:], num)
+        return self._run(name, draw, params, key, rows, scored, np.asarray(scores, np.float32))
+
+    def _run(self, name: tuple, draw, params: Params, key: jax.Array, rows, *given):
+        """Draws for the queries of `rows` [n]; `given` are trees of arrays [n, ...] of theirs."""
         if name not in self._compiled:
             self._compiled[name] = jax.jit(functools.partial(self._many, draw))
         run, rows = self._compiled[name], np.asarray(rows, np.int32)
         parts = []
         for start in range(0, len(rows), self._batch):
-            chunk = rows[start : start + self._batch]
-            padded = np.pad(chunk, (0, self._batch - len(chunk)), mode="edge")
-            drawn = run(params, key, self._table, padded)
-            parts.append(drawn)
-        return Rollouts(*(np.concatenate(columns)[: len(rows)] for columns in zip(*parts)))
-
-    def _many(self, draw, params, key, table, rows):
-        def one(query, pool, query_id):
-            encoding = self._policy.encode(params, query, pool)
-            return draw(
-                self._policy, params, jax.random.fold_in(key, query_id), encoding, pool.mask
+            chunk, own = jax.tree.map(
+                lambda x: self._padded(x[start : start + self._batch]),  # noqa: B023
+                (rows, given),
             )
+            parts.append(run(params, key, self._table, chunk, *own))
+        return jax.tree.map(lambda *own: np.concatenate(own)[: len(rows)], *parts)
+
+    def _padded(self, array: np.ndarray) -> np.ndarray:
+        """An array [n, ...] repeated at its end to the batch's size."""
+        missing = [(0, self._batch - len(array))] + [(0, 0)] * (array.ndim - 1)
+        return np.pad(array, missing, mode="edge")
+
+    def _many(self, draw, params, key, table, rows, *given):
+        def one(query, pool, query_id, *given):
+            encoding = self._policy.encode(params, query, pool)
+            key_of_query = jax.random.fold_in(key, query_id)
+            return draw(self._policy, params, key_of_query, encoding, pool.mask, *given)
 
         query, pool = table.read(rows)
-        return jax.vmap(one)(query, pool, table.query_ids[rows])
+        return jax.vmap(one)(query, pool, table.query_ids[rows], *given)
 
 
 def phase_key(seed: int, phase: str) -> jax.Array:

@@ -194,10 +194,22 @@ class _Block(nn.Module):
     def __call__(self, tokens, mask):
         width = tokens.shape[-1]
         normed = nn.LayerNorm()(tokens)
-        attend = nn.MultiHeadDotProductAttention(num_heads=self.heads)
+        attend = nn.MultiHeadDotProductAttention(num_heads=self.heads, attention_fn=_attention)
         tokens = tokens + attend(normed, mask=mask[None, None, :])
         hidden = nn.gelu(nn.Dense(2 * width)(nn.LayerNorm()(tokens)))
         return tokens + nn.Dense(width)(hidden)
+
+
+def _attention(query, key, value, *, mask, **_):
+    """Attention of [N, heads, d] over the keys that the mask [1, 1, N] leaves, heads first.
+
+    On a CPU Flax's own takes four times as long under `vmap`: its products have the heads between
+    the two axes that they run over.
+    """
+    query, key, value = (jnp.swapaxes(x, 0, 1) for x in (query, key, value))
+    scores = jnp.einsum("hqd,hkd->hqk", query / math.sqrt(query.shape[-1]), key)
+    weights = jax.nn.softmax(jnp.where(mask, scores, jnp.finfo(scores.dtype).min), axis=-1)
+    return jnp.swapaxes(jnp.einsum("hqk,hkd->hqd", weights, value), 0, 1)
 
 
 def _scale(rows, seen):

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from lever_jax.advantages import compute_advantages
+from lever_jax.advantages import compute_advantages, without_replacement
 from lever_jax.losses import exact_kl, grpo_loss, mean_over_groups, rce_loss, supervised_loss
 from lever_jax.policy import Params, Policy, pointer_log_probs
 from lever_jax.types import CandidatePool
@@ -51,6 +51,8 @@ class GroupBatch(NamedTuple):
       rewards: [B, G] float32; weights of the targets in the supervised step.
       behaviour_log_probs: [B, G] float32, read by GRPO only.
       mask: [B, G] bool, which pointers count.
+      inclusion_log_probs: [B, G] float32, log-probability that a pointer is in its group, where
+        GRPO's groups were drawn without replacement; else None.
     """
 
     query_rows: np.ndarray
@@ -58,6 +60,7 @@ class GroupBatch(NamedTuple):
     rewards: np.ndarray
     behaviour_log_probs: np.ndarray
     mask: np.ndarray
+    inclusion_log_probs: np.ndarray | None = None
 
 
 class TrainState(NamedTuple):
@@ -85,6 +88,7 @@ class LossConfig:
       clip_high: and above at 1 + clip_high.
       kl_coef: weight of the exact KL to the reference, nats.
       min_range: a group whose rewards span less is flat and dropped.
+      draws: how GRPO's groups are drawn, of `DRAWS`; only i.i.d. draws have an `advantage`.
     """
 
     tau: float = 1.0
@@ -93,12 +97,16 @@ class LossConfig:
     clip_high: float = 0.28
     kl_coef: float = 0.02
     min_range: float = 1e-3
+    draws: str = "iid"
 
+
+DRAWS = ("iid", "sbs", "sbs_normalised")
+"""I.i.d., or without replacement, with the unbiased estimator or the one of lower variance."""
 
 LOSS_FIELDS = {
     "supervised": (),
     "rce": ("tau", "min_range"),
-    "grpo": ("advantage", "clip_low", "clip_high", "kl_coef", "min_range"),
+    "grpo": ("advantage", "clip_low", "clip_high", "kl_coef", "min_range", "draws"),
 }
 """The fields of `LossConfig` that each kind of step reads."""
 
@@ -202,9 +210,20 @@ def _rce(policy, config, params, reference, query, pool, group):
 def _grpo(policy, config, params, reference, query, pool, group):
     log_probs, steps = log_probs_of(policy, params, query, pool, group.pointers)
     _, reference_steps = log_probs_of(policy, reference, query, pool, group.pointers)
-    advantages = compute_advantages(
-        config.advantage, group.rewards, where=group.mask, min_range=config.min_range
-    )
+    weights = None
+    if config.draws == "iid":
+        advantages = compute_advantages(
+            config.advantage, group.rewards, where=group.mask, min_range=config.min_range
+        )
+    else:
+        advantages, weights = without_replacement(
+            group.rewards,
+            group.behaviour_log_probs,
+            group.inclusion_log_probs,
+            where=group.mask,
+            normalised=config.draws == "sbs_normalised",
+            min_range=config.min_range,
+        )
     loss, aux = grpo_loss(
         log_probs,
         group.behaviour_log_probs,
@@ -212,6 +231,7 @@ def _grpo(policy, config, params, reference, query, pool, group):
         clip_low=config.clip_low,
         clip_high=config.clip_high,
         where=group.mask,
+        weights=weights,
     )
     drift = jnp.max(jnp.where(group.mask, jnp.abs(log_probs - group.behaviour_log_probs), 0.0))
     return (
@@ -219,7 +239,7 @@ def _grpo(policy, config, params, reference, query, pool, group):
         aux.counted,
         {
             "entropy": _entropy(steps, group.mask),
-            "kl": exact_kl(steps, jax.lax.stop_gradient(reference_steps), group.mask),
+            "kl": exact_kl(steps, jax.lax.stop_gradient(reference_steps), group.mask, weights),
             "clip_share": aux.clip_share,
             "ratio": aux.ratio_mean,
             "behaviour_drift": drift,
@@ -237,12 +257,11 @@ def batches(groups: GroupBatch, size: int, seed: tuple[int, ...]):
       seed: of the shuffle.
     """
     order = np.random.default_rng(seed).permutation(len(groups.query_rows))
+
+    def padded(array, rows):
+        missing = [(0, size - len(rows))] + [(0, 0)] * (np.ndim(array) - 1)
+        return np.pad(np.asarray(array)[rows], missing)
+
     for start in range(0, len(order), size):
         rows = order[start : start + size]
-        batch = GroupBatch(*(np.asarray(array)[rows] for array in groups))
-        short = size - len(rows)
-        if short:
-            batch = GroupBatch(
-                *(np.pad(array, [(0, short)] + [(0, 0)] * (array.ndim - 1)) for array in batch)
-            )
-        yield batch
+        yield jax.tree.map(functools.partial(padded, rows=rows), groups)

@@ -84,11 +84,17 @@ def sample_mixture(
     return distinct(jax.tree.map(lambda *xs: jnp.concatenate(xs), *drawn), num)
 
 
-def distinct(rollouts: Rollouts, num: int) -> Rollouts:
-    """The first `num` different pointers of Rollouts [N], in their order; blank rows after them."""
+def distinct(rollouts: Rollouts, num: int, besides: Rollouts | None = None) -> Rollouts:
+    """The first `num` different pointers of Rollouts [N], in their order; blank rows after them.
+
+    None is one of `besides` [M], where given.
+    """
     pointers, mask = rollouts.pointers, rollouts.mask
     same = jnp.all(pointers[:, None] == pointers[None], axis=-1) & mask[None]  # [N, N]
     again = jnp.any(jnp.tril(same, k=-1), axis=-1)
+    if besides is not None:
+        taken = jnp.all(pointers[:, None] == besides.pointers[None], axis=-1) & besides.mask
+        again |= jnp.any(taken, axis=-1)
     kept = mask & ~again
     order = jnp.argsort(~kept, stable=True)[:num]
     kept = kept[order]
@@ -100,14 +106,30 @@ def distinct(rollouts: Rollouts, num: int) -> Rollouts:
     )
 
 
-def check_quotas(quotas: Mapping[str, int], num: int) -> None:
-    """Refuses quotas that no mixture of `num` pointers can have, with an InputError."""
+def scale_quotas(quotas: Mapping[str, int], num: int) -> dict[str, int]:
+    """Quotas in the same proportions that sum to `num`, by largest remainder.
+
+    >>> scale_quotas({"beam": 16, "sbs": 24, "random": 24}, 8)
+    {'beam': 2, 'sbs': 3, 'random': 3}
+    """
+    total = sum(quotas.values())
+    scaled = {name: count * num // total for name, count in quotas.items()}
+    by_remainder = sorted(quotas, key=lambda name: -(quotas[name] * num % total))
+    for name in by_remainder[: num - sum(scaled.values())]:
+        scaled[name] += 1
+    return scaled
+
+
+def check_quotas(
+    quotas: Mapping[str, int], num: int, *, sources: tuple[str, ...] = MIXABLE
+) -> None:
+    """Refuses quotas that no group of `num` pointers can have, with an InputError."""
     names = [SOURCES[source_index(name)].partition("(")[0] for name in quotas]
     for name, count in zip(names, quotas.values()):
-        if name not in MIXABLE:
+        if name not in sources:
             raise InputError(
                 f"proposal source {name!r} needs scored pointers; "
-                f"a mixture draws from {', '.join(MIXABLE)}"
+                f"a mixture draws from {', '.join(sources)}"
             )
         if count < 0:
             raise InputError(f"quota {count} of proposal source {name!r}; give 0 or more")

@@ -1,5 +1,8 @@
 """Two-stage mining, groups, and on-policy rounds over the fake VLM."""
 
+import dataclasses
+import itertools
+
 import jax
 import numpy as np
 import pytest
@@ -90,6 +93,74 @@ def test_every_query_gets_a_full_group_of_distinct_pointers(make_world):
         np.testing.assert_allclose(np.sort(values[kept])[:2], np.sort(values)[:2])
         assert (values[~kept] < 0.8).all()
         assert values[kept].max() > values[kept].min()
+
+
+def local_config(**changes):
+    quotas = {"local_search": 5, **CONFIG.quotas}
+    return dataclasses.replace(CONFIG, quotas=quotas, proposals=25, **changes)
+
+
+def test_a_local_search_starts_from_the_scores_of_the_first_step(make_world):
+    world = make_world()
+    config = local_config()
+    mine("near", world.queries, world.proposer, world.params, jax.random.key(1), world.service,
+         config, shots=2)  # fmt: skip
+    run_mine(world)  # without it, the same first step
+    mined, first = (world.store.get_proposals(n, world.queries.query_ids) for n in ("near", "mine"))
+    assert len(mined.query_ids) == 12 * 25
+    for row, query_id in enumerate(world.queries.query_ids):
+        own = mined.query_ids == query_id
+        prompts = [tuple(p) for p in mined.pointers[own].tolist()]
+        assert len(set(prompts)) == 25
+        sources = np.array(mined.sources)[own]
+        assert (sources == "local_search").sum() == 5
+        start = [tuple(p) for p in first.pointers[first.query_ids == query_id].tolist()]
+        assert set(start) < set(prompts)
+        best = sorted(start, key=lambda p: -worth(query_id, p))[:8]
+        # The fake VLM gives ties; all that score as the eighth best may be parents.
+        parents = [p for p in start if worth(query_id, p) >= worth(query_id, best[-1])]
+        for pointer in itertools.compress(prompts, sources == "local_search"):
+            near = [sum(a == b for a, b in zip(pointer, p)) == 1 for p in parents]
+            assert any(near) or pointer[::-1] in parents
+        # The policy's own log-probability.
+        query, pool = jax.tree.map(lambda x: x[0], world.queries.table.read(np.array([row])))
+        ids = world.queries.pool_ids[row]
+        actions = np.array([[ids.tolist().index(i) for i in p] for p in prompts])
+        log_probs, _ = sequence_log_probs(world.policy, world.params, query, pool, actions)
+        local = sources == "local_search"
+        np.testing.assert_allclose(
+            mined.log_probs[own][local], np.asarray(log_probs)[local], atol=1e-5
+        )
+    assert len(world.environment.scored) == len(set(world.environment.scored))
+
+
+def test_a_local_search_that_was_stopped_goes_on_as_it_would_have(make_world):
+    environment = FakeEnvironment(stop_after=60, stop_in_all=True)
+    stopped, whole = make_world(environment=environment), make_world(name="whole")
+    for world, stops in ((stopped, True), (whole, False)):
+        arguments = ("near", world.queries, world.proposer, world.params, jax.random.key(1),
+                     world.service, local_config())  # fmt: skip
+        if stops:
+            with pytest.raises(KeyboardInterrupt):
+                mine(*arguments, shots=2)
+            environment.stop_after = None
+        mine(*arguments, shots=2)
+    one, two = (w.store.get_proposals("near", w.queries.query_ids) for w in (stopped, whole))
+    np.testing.assert_array_equal(one.pointers, two.pointers)
+    assert one.sources == two.sources
+    assert len(environment.scored) == len(set(environment.scored))
+
+
+@pytest.mark.parametrize(
+    ("quotas", "message"),
+    [
+        ({"local_search": 20}, "local_search:20 is all of --proposals=20; it needs others"),
+        ({"local_search": 18, "beam": 4}, "ask for 22 pointers, more than the group of 20"),
+    ],
+)
+def test_quotas_of_mining_that_cannot_be_met(quotas, message):
+    with pytest.raises(InputError, match=message):
+        dataclasses.replace(CONFIG, quotas=quotas)
 
 
 def test_mining_resumes_without_scoring_twice(make_world):

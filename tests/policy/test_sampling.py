@@ -493,3 +493,14 @@ def test_quotas_that_cannot_be_met(table, quotas, message):
     params, mask, key = table.params(seed=0), jnp.ones(6, bool), jax.random.key(0)
     with pytest.raises(InputError, match=message):
         draw(sampling.sample_mixture, table, params, mask, key, num=16, shots=2, quotas=quotas)
+
+
+@pytest.mark.parametrize("num", [4, 7, 16, 64, 200])
+def test_scaled_quotas_keep_their_shares(num):
+    quotas = {"retrieval": 4, "beam": 16, "sbs": 24, "top_p": 8, "random": 4, "local_search": 8}
+    scaled = sampling.scale_quotas(quotas, num)
+    assert list(scaled) == list(quotas)
+    assert sum(scaled.values()) == num
+    for name, count in quotas.items():
+        assert abs(scaled[name] - count * num / 64) < 1
+    assert sampling.scale_quotas({"beam": 1, "sbs": 1}, 3) == {"beam": 2, "sbs": 1}

@@ -1,0 +1,158 @@
+"""Times our GRPO step against the same step in PyTorch, eager and compiled.
+
+    python -m experiments.benchmark_training --out=benchmarks/training.json
+
+Same weights, same groups, same thread. Before anything is timed, both take the first steps from
+the same start, and their losses and parameters are compared.
+"""
+
+import copy
+import itertools
+import shutil
+
+from absl import flags
+
+from experiments import cli
+from experiments.output import check_out, write_out
+from experiments.progress import CONSOLE, note
+from experiments.side_by_side import machine, numbers, one_thread, ratio, timed
+from lever_jax.errors import InputError
+
+_B = flags.DEFINE_list("B", ["50"], "Query groups of a step.")
+_K = flags.DEFINE_list("K", ["32"], "Candidates of a pool.")
+_S = flags.DEFINE_list("S", ["2"], "Shots.")
+_G = flags.DEFINE_list("G", ["8", "64"], "Pointers of a group.")
+_DIM = flags.DEFINE_integer(
+    "dim", 384, "Width of an embedding, of three parts; the embedded world's.", lower_bound=3
+)
+_WIDTH = flags.DEFINE_integer("width", 64, "Width of the selector.", lower_bound=1)
+_LAYERS = flags.DEFINE_integer("layers", 1, "Set-encoder layers.", lower_bound=0)
+_HEADS = flags.DEFINE_integer("heads", 4, "Attention heads.", lower_bound=1)
+_ROUNDS = flags.DEFINE_integer("rounds", 7, "Rounds; each times all competitors.", lower_bound=1)
+_COMPILED = flags.DEFINE_bool("compiled", True, "Compare with torch.compile too.")
+_OUT = flags.DEFINE_string("out", None, "JSON file of the result.")
+
+RATE = 1e-3
+"""Of AdamW, constant."""
+
+
+def main() -> None:
+    """Checks, times, prints and writes."""
+    check_out(_OUT.value)
+    one_thread()
+    compiled, missing = _COMPILED.value, None
+    if compiled and not shutil.which("g++") and not shutil.which("clang++"):
+        compiled, missing = False, "no C++ compiler (g++ or clang++) for torch.compile"
+        note(f"without the compiled version: {missing}")
+    cells, exactness = [], {"max_abs_loss": 0.0, "max_abs_param": 0.0}
+    for batch, pool, shots, group in itertools.product(*map(numbers, (_B, _K, _S, _G))):
+        if shots > pool:
+            raise InputError(f"--S={shots} exceeds --K={pool}; lower it")
+        competitors, apart = _competitors(batch, pool, shots, group, compiled)
+        exactness = {name: max(exactness[name], apart[name]) for name in exactness}
+        for run in competitors.values():
+            run()
+        seconds = timed(competitors, _ROUNDS.value, f"B={batch} K={pool} S={shots} G={group}")
+        ours = seconds["ours"]
+        cell = {
+            "B": batch,
+            "K": pool,
+            "S": shots,
+            "G": group,
+            "steps_per_s": ratio(1.0, ours)["median"],
+            "groups_per_s": ratio(batch, ours)["median"],
+            "ratio_eager": ratio(seconds["eager"], ours),
+            "ratio_compiled": ratio(seconds["compiled"], ours) if compiled else None,
+            "seconds": {name: values.tolist() for name, values in seconds.items()},
+        }
+        cells.append(cell)
+        shown = {n: cell[f"ratio_{n}"] for n in ("eager", "compiled") if cell[f"ratio_{n}"]}
+        CONSOLE.print(
+            f"  B={batch} K={pool} S={shots} G={group}: {cell['steps_per_s']:.1f} steps/s, "
+            + ", ".join(
+                f"{n} {r['median']:.2f}x ({r['min']:.2f} to {r['max']:.2f})"
+                for n, r in shown.items()
+            )
+        )
+    document = {
+        **machine(),
+        "config": {f.name: f.value for f in (_DIM, _WIDTH, _LAYERS, _HEADS, _ROUNDS)},
+        "compiled_left_out": missing,
+        "exactness": exactness,
+        "cells": cells,
+    }
+    write_out(_OUT.value, document)
+
+
+def _competitors(batch: int, pool: int, shots: int, group: int, compiled: bool):
+    """Functions that take one step each, and how far the first three steps differ.
+
+    Raises:
+      InputError: they differ by more than rounding explains.
+    """
+    import jax
+    import numpy as np
+    import optax
+    import torch
+
+    from experiments.sampling_cell import Models
+    from experiments.torch_selector import from_flax
+    from experiments.torch_training import grpo_step
+    from lever_jax.training import GroupBatch, LossConfig, PoolTable, init_state, make_step
+
+    models = Models(_DIM.value, _WIDTH.value, _LAYERS.value, _HEADS.value)
+    query, embeddings, mask = models.batch(batch, pool)
+    rng = np.random.default_rng(2)
+    pointers = np.array(
+        [[rng.permutation(pool)[:shots] for _ in range(group)] for _ in range(batch)], np.int32
+    )
+    rewards = rng.random((batch, group), np.float32)
+    counted = rng.random((batch, group)) < 0.9
+    counted[:, :2] = True
+    with torch.no_grad():
+        tensors = [torch.from_numpy(x) for x in (query, embeddings, mask, pointers.astype(int))]
+        behaviour = models.torch.pointer_log_probs(*tensors)[0]
+    config = LossConfig()
+
+    table = PoolTable(
+        *map(jax.numpy.asarray, (query, embeddings.reshape(batch * pool, -1))),
+        jax.numpy.arange(batch * pool, dtype=np.int32).reshape(batch, pool),
+        jax.numpy.asarray(mask),
+        jax.numpy.arange(batch, dtype=np.uint32),
+    )
+    groups = GroupBatch(
+        np.arange(batch, dtype=np.int32), pointers, rewards, behaviour.numpy(), counted
+    )
+    optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(RATE, weight_decay=1e-4))
+    our_step = make_step("grpo", models.policy, optimizer, config)
+    holder = {"state": init_state(models.params, optimizer)}
+
+    def ours():
+        holder["state"], metrics = our_step(holder["state"], models.params, table, groups)
+        return float(jax.block_until_ready(metrics)["loss"])
+
+    batch_of_torch = (*tensors, behaviour, torch.from_numpy(rewards), torch.from_numpy(counted))
+
+    def theirs(compiled):
+        model = copy.deepcopy(models.torch).train()
+        adamw = torch.optim.AdamW(model.parameters(), RATE, weight_decay=1e-4, foreach=True)
+        step = grpo_step(model, models.torch, adamw, config, compiled)
+        return model, lambda: float(step(*batch_of_torch))
+
+    model, eager = theirs(False)
+    apart = max(abs(ours() - eager()) for _ in range(3))
+    trained = from_flax(models.config, models.parts, holder["state"].params)
+    worst = max(
+        float((a - b).abs().max()) for a, b in zip(trained.parameters(), model.parameters())
+    )
+    if apart > 1e-4:
+        raise InputError(f"the losses of the two steps differ by {apart:.1e}")
+    competitors = {"ours": ours, "eager": eager}
+    if compiled:
+        torch.compiler.reset()
+        competitors["compiled"] = theirs(True)[1]
+    return competitors, {"max_abs_loss": apart, "max_abs_param": worst}
+
+
+if __name__ == "__main__":
+    cli.run(main)

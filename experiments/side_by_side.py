@@ -1,0 +1,87 @@
+"""Times competitors in turns, so that a busy machine slows all of them.
+
+Each round runs every competitor once, in another order each round; what is reported is the median
+of the rounds' ratios. On one CPU thread the seconds are those that the process had the processor,
+which other processes cannot lengthen; on a GPU they are those of the clock.
+"""
+
+import os
+import platform
+import time
+from collections.abc import Callable, Mapping
+
+import jax
+import numpy as np
+import torch
+
+from experiments.progress import bar
+from lever_jax.errors import InputError
+
+
+def one_thread() -> None:
+    """Keeps this process on one core, and PyTorch in one thread. To be called before JAX is used.
+
+    JAX has a thread for each core that it may run on when it is first used.
+    """
+    cores = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, {max(cores)})
+    torch.set_num_threads(1)
+
+
+def numbers(flag) -> list[int]:
+    """The whole numbers of a list flag.
+
+    Raises:
+      InputError: one is not a whole number of 1 or more.
+    """
+    if not flag.value or not all(text.isdigit() and int(text) for text in flag.value):
+        raise InputError(f"--{flag.name}={','.join(flag.value)} must be whole numbers of 1 or more")
+    return [int(text) for text in flag.value]
+
+
+def timed(
+    competitors: Mapping[str, Callable[[], object]], rounds: int, label: str
+) -> dict[str, np.ndarray]:
+    """Seconds [rounds] of each competitor; every one has run before, so nothing is compiled here.
+
+    Args:
+      competitors: what to run; each returns when its work is done.
+      rounds: how often.
+      label: of the progress bar.
+    """
+    clock = time.perf_counter if jax.default_backend() == "gpu" else time.process_time
+    names, seconds = list(competitors), {name: [] for name in competitors}
+    with bar(label, rounds * len(names)) as advance:
+        for turn in range(rounds):
+            first = turn % len(names)
+            for name in (*names[first:], *names[:first]):
+                start = clock()
+                competitors[name]()
+                seconds[name].append(clock() - start)
+                advance(1)
+    return {name: np.array(values) for name, values in seconds.items()}
+
+
+def ratio(slow: np.ndarray, fast: np.ndarray) -> dict[str, float]:
+    """How many times faster, by round: median, min and max."""
+    values = slow / fast
+    return {name: float(f(values)) for name, f in _STATISTICS.items()}
+
+
+_STATISTICS = {"median": np.median, "min": np.min, "max": np.max}
+
+
+def machine() -> dict[str, object]:
+    """Device, versions and load, for the JSON of a benchmark."""
+    return {
+        "device": f"{platform.machine()}, {os.cpu_count()} cores, JAX on {jax.default_backend()}",
+        "clock": "wall" if jax.default_backend() == "gpu" else "CPU seconds of the process",
+        "cores_used": len(os.sched_getaffinity(0)),
+        "load_average_at_end": os.getloadavg(),
+        "versions": {
+            "python": platform.python_version(),
+            "jax": jax.__version__,
+            "torch": torch.__version__,
+            "numpy": np.__version__,
+        },
+    }
