@@ -143,7 +143,8 @@ def _competitors(batch: int, pool: int, shots: int, group: int, compiled: bool):
     apart = max(abs(ours() - eager()) for _ in range(3))
     trained = from_flax(models.config, models.parts, holder["state"].params)
     worst = max(
-        float((a - b).abs().max()) for a, b in zip(trained.parameters(), model.parameters())
+        float((a - b).detach().abs().max())
+        for a, b in zip(trained.parameters(), model.parameters())
     )
     if apart > 1e-4:
         raise InputError(f"the losses of the two steps differ by {apart:.1e}")

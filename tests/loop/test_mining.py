@@ -21,6 +21,7 @@ from lever_jax.mining import (
     uniform_sample,
 )
 from lever_jax.policy import sequence_log_probs
+from lever_jax.training import LossConfig, batches, init_state, make_optimizer, make_step
 
 CONFIG = MiningConfig(
     proposals=20,
@@ -233,6 +234,38 @@ def test_on_policy_rounds_carry_the_policys_own_log_probs(make_world, verify):
         np.testing.assert_allclose(
             groups.behaviour_log_probs[i][mask], np.asarray(log_probs)[mask], atol=1e-5
         )
+
+
+def sbs_round(world, **options):
+    return on_policy_round(
+        world.queries, np.array([2, 5, 11]), world.proposer, world.params, jax.random.key(3),
+        world.service, RewardConfig(), shots=2, group_size=16, config=CONFIG, label="x",
+        draws="sbs", **options,
+    )  # fmt: skip
+
+
+def test_groups_without_replacement_train_with_their_inclusion_probabilities(make_world):
+    world = make_world()
+    groups, _ = sbs_round(world, verify="all")
+    assert groups.mask.all()
+    for pointers in groups.pointers.tolist():  # every pointer of a group is another one
+        assert len(set(map(tuple, pointers))) == 16
+    # 16 of 56 pointers: all are likelier to be in the sample than to be the first draw.
+    assert (groups.inclusion_log_probs <= 0).all()
+    assert (groups.inclusion_log_probs > groups.behaviour_log_probs).all()
+    optimizer = make_optimizer(1e-3, steps=4)
+    step = make_step("grpo", world.policy, optimizer, LossConfig(draws="sbs"))
+    state = init_state(world.params, optimizer)
+    for batch in batches(groups, 2, (0,)):  # the second is padded
+        state, metrics = step(state, world.params, world.queries.table, batch)
+        assert np.isfinite([float(value) for value in metrics.values()]).all()
+        assert float(metrics["grad_norm"]) > 0
+    assert step._cache_size() == 1
+
+
+def test_groups_without_replacement_are_answered_whole(make_world):
+    with pytest.raises(InputError, match="--draws=sbs weighs every pointer"):
+        sbs_round(make_world(), verify="top_m")
 
 
 def test_unknown_verify_names_the_flag(make_world):
