@@ -57,26 +57,26 @@ def analyze(
 def _missing(result: dict[str, Any], candidates: Candidates) -> list[str]:
     """What could not be measured, and why."""
     health = result["health"]
-    said = {
-        "no candidate was answered (vqa_acc_score), so nothing is known of accuracy": health[
-            "verified"
-        ]
-        == 0,
+    absent = {
+        "no candidate was answered (vqa_acc_score), so nothing is known of accuracy": (
+            health["verified"] == 0
+        ),
         "no gt_prob: calibration and correlation are unknown": not result["calibration"]["bins"],
         "no reward can be computed from these scores: flat groups and reward ranges are unknown": (
             not result["reward_ranges"]["counts"]
         ),
-        "no pools (candidate_pool_ids): figures by position are unknown": result["positions"]
-        is None,
-        "no similarities of answers: the check of --similarity_weight is unknown": result[
-            "similarity"
-        ]
-        is None,
-        "no answer types: calibration is given for all questions together": candidates.answer_type
-        is None,
+        "no pools (candidate_pool_ids): figures by position are unknown": (
+            result["positions"] is None
+        ),
+        "no similarities of answers: the check of --similarity_weight is unknown": (
+            result["similarity"] is None
+        ),
+        "no answer types: calibration is given for all questions together": (
+            candidates.answer_type is None
+        ),
         "no selector's pick: headroom is unknown": health["model_pick"] is None,
-        "no extra search (--ceiling_queries): what the pools could give is unknown": not health[
-            "ceiling_queries"
-        ],
+        "no extra search (--ceiling_queries): what the pools could give is unknown": (
+            not health["ceiling_queries"]
+        ),
     }
-    return [text for text, absent in said.items() if absent]
+    return [text for text, missing in absent.items() if missing]
