@@ -136,7 +136,7 @@ def test_a_local_search_starts_from_the_scores_of_the_first_step(make_world):
 
 
 def test_a_local_search_that_was_stopped_goes_on_as_it_would_have(make_world):
-    environment = FakeEnvironment(stop_after=60, stop_in_all=True)
+    environment = FakeEnvironment(stop_after=13, stop_in_all=True)
     stopped, whole = make_world(environment=environment), make_world(name="whole")
     for world, stops in ((stopped, True), (whole, False)):
         arguments = ("near", world.queries, world.proposer, world.params, jax.random.key(1),

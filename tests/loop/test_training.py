@@ -79,7 +79,12 @@ def test_padding_changes_nothing(make_world):
         step = make_step(kind, world.policy, optimizer, LossConfig())
         results = []
         for pad in (0, 5):
-            padded = GroupBatch(*(np.pad(x, [(0, pad)] + [(0, 0)] * (x.ndim - 1)) for x in weights))
+            padded = GroupBatch(
+                *(
+                    x if x is None else np.pad(x, [(0, pad)] + [(0, 0)] * (x.ndim - 1))
+                    for x in weights
+                )
+            )
             state, metrics = step(
                 init_state(world.params, optimizer), world.params, world.queries.table, padded
             )
