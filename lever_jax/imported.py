@@ -354,10 +354,13 @@ def join(
     )
     more = more._replace(query_rows=more.query_rows + np.int32(len(table.rows)))
     size = max(groups.mask.shape[1], more.mask.shape[1])
-    batch = GroupBatch(
-        *(np.concatenate([_widen(a, size), _widen(b, size)]) for a, b in zip(groups, more))
-    )
-    return batch, joined
+    # Neither was drawn without replacement, so there are no inclusion probabilities to join.
+    names = [name for name in GroupBatch._fields if getattr(groups, name) is not None]
+    columns = {
+        name: np.concatenate([_widen(getattr(one, name), size) for one in (groups, more)])
+        for name in names
+    }
+    return GroupBatch(**columns), joined
 
 
 def _widen(array, size: int):
