@@ -356,11 +356,11 @@ def join(
     size = max(groups.mask.shape[1], more.mask.shape[1])
     # Neither was drawn without replacement, so there are no inclusion probabilities to join.
     names = [name for name in GroupBatch._fields if getattr(groups, name) is not None]
-    columns = {
+    arrays = {
         name: np.concatenate([_widen(getattr(one, name), size) for one in (groups, more)])
         for name in names
     }
-    return GroupBatch(**columns), joined
+    return GroupBatch(**arrays), joined
 
 
 def _widen(array, size: int):
