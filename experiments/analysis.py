@@ -12,7 +12,7 @@ import json
 import pathlib
 from typing import Any
 
-from experiments import settings
+from experiments import configs, settings
 from experiments.output import whole_file
 from experiments.progress import bar
 from experiments.stored import read_run
@@ -30,7 +30,7 @@ def analyze_run(workdir: pathlib.Path, dataset: Dataset) -> dict[str, Any]:
         picks=data.picks,
         trained=data.trained,
         ceiling=data.ceiling,
-        thresholds=settings.thresholds(),
+        thresholds=configs.thresholds(),
         min_range=settings.MIN_RANGE.value,
     )
     about = {"source": str(workdir), "stage": data.stage, "trained": data.trained_name}
@@ -51,10 +51,10 @@ def analyze_file(path: str, pointers: str) -> dict[str, Any]:
                 yield entry
 
         candidates = candidates_of(
-            counted(), settings.reward_config(), settings.VERIFY_UNIFORM.value
+            counted(), configs.reward_config(), settings.VERIFY_UNIFORM.value
         )
     result = analyze(
-        candidates, thresholds=settings.thresholds(), min_range=settings.MIN_RANGE.value
+        candidates, thresholds=configs.thresholds(), min_range=settings.MIN_RANGE.value
     )
     about = {"source": str(path), "stage": meta.get("stage"), "trained": None}
     return {**about, **result, "rescored": None}

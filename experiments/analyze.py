@@ -12,7 +12,7 @@ import pathlib
 
 from absl import flags
 
-from experiments import cli, settings
+from experiments import cli, configs, run_folder, settings
 from experiments.analysis import analyze_file, analyze_run, write_analysis
 from experiments.ceiling import search_ceiling
 from experiments.progress import note, stage
@@ -49,16 +49,16 @@ def main():
             raise InputError(
                 "--ceiling_queries asks a VLM, which --rl_json has not; give a workdir"
             )
-        settings.check()
+        configs.check()
         stage(f"analyze {RL_JSON.value}")
         result = analyze_file(RL_JSON.value, POINTERS_ARE.value)
         folder, workdir, dataset = pathlib.Path(f"{RL_JSON.value}.analysis"), None, None
     else:
         workdir = folder = pathlib.Path(settings.WORKDIR.value)
-        settings.adopt_flags(workdir)
-        settings.check()
+        run_folder.adopt_flags(workdir)
+        configs.check()
         stage(f"analyze {workdir}")
-        dataset = open_dataset(settings.dataset_settings())
+        dataset = open_dataset(configs.dataset_settings())
         if CEILING_QUERIES.value:
             _search(workdir, dataset)
         result = analyze_run(workdir, dataset)

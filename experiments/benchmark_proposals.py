@@ -23,7 +23,7 @@ import jax
 import numpy as np
 from absl import flags
 
-from experiments import cli, settings
+from experiments import cli, configs, run_folder, settings
 from experiments.output import check_out, write_out
 from experiments.progress import CONSOLE, note, stage
 from experiments.session import open_session
@@ -53,15 +53,15 @@ def best_so_far(gt_prob: np.ndarray) -> np.ndarray:
 def main() -> None:
     """Proposes, scores, compares, prints and writes."""
     check_out(_OUT.value)
-    settings.check()
+    configs.check()
     budgets = _budgets()
-    mixture = settings.mining_config()
+    mixture = configs.mining_config()
     methods = {
         "mixture": _filled(dict(mixture.quotas), mixture.proposals),
-        "baseline": settings.counts("baseline", _BASELINE.value, "beam:16"),
+        "baseline": configs.counts("baseline", _BASELINE.value, "beam:16"),
     }
     stage(f"open: {settings.WORKDIR.value}")
-    with open_session(settings.make_workdir()) as session:
+    with open_session(run_folder.make_workdir()) as session:
         rows = np.arange(min(_QUERIES.value, len(session.train)))
         proposer = Proposer(session.policy, session.train.table)
         found = {way: {name: {} for name in methods} for way in ("budget", "prefix")}
@@ -115,7 +115,7 @@ def _filled(quotas: dict[str, int], proposals: int) -> dict[str, int]:
 
 
 def _shots() -> int:
-    return settings.train_shots(settings.evaluated_shots())
+    return configs.train_shots(configs.evaluated_shots())
 
 
 def _best(session, proposer: Proposer, rows: np.ndarray, config: MiningConfig) -> np.ndarray:

@@ -4,7 +4,7 @@ from typing import Any
 
 import numpy as np
 
-from experiments import settings
+from experiments import configs, settings
 from experiments.progress import bar, note
 from experiments.session import Session
 from experiments.stored import CEILING, as_json, write_picks
@@ -35,7 +35,7 @@ def search_ceiling(session: Session, stage: str, count: int) -> dict[str, Any]:
     queries, service = session.train, session.service
     rng = np.random.default_rng([settings.SEED.value, 6])
     rows = np.sort(rng.permutation(len(queries))[:count])
-    shots = settings.train_shots(settings.evaluated_shots())
+    shots = configs.train_shots(configs.evaluated_shots())
     label, beam = f"ceiling of {len(rows)} queries", _WIDER * settings.WARMUP_BEAM.value
     found = search_pools(queries, rows, service, shots=shots, beam=beam, label=label)
     chosen = [pointers[:_ANSWERED] for pointers, _ in found]

@@ -15,7 +15,7 @@ import pathlib
 
 from absl import flags
 
-from experiments import cli, phases, settings
+from experiments import cli, configs, phases, run_folder, settings
 from experiments.compare import compare_runs, picks_of
 from experiments.output import check_out, write_out
 from experiments.progress import note, stage
@@ -43,14 +43,14 @@ def main():
     check_out(OUT.value)
     if COMPARE.value:
         if (workdir / "flags.txt").exists():
-            settings.adopt_flags(workdir)
+            run_folder.adopt_flags(workdir)
         ours = picks_of(PICKS.value, "picks") if PICKS.value else picks_of(workdir, "workdir")
         theirs = picks_of(COMPARE.value, "compare")
         compare_runs(ours, theirs, settings.METRIC.value, OUT.value)
         return
     check_out(PICKS.value, "picks")
-    settings.adopt_flags(workdir)
-    settings.check()
+    run_folder.adopt_flags(workdir)
+    configs.check()
     stage(f"open: {workdir}")
     with open_session(workdir) as session:
         finished = phases.finished_phases(session)
@@ -66,7 +66,7 @@ def main():
         stage("evaluate: every method on held-out queries")
         # A part of the evaluation, or another one, does not overwrite the run's own.
         different = [PHASE.value] if PHASE.value else []
-        name = "_".join(["", *different, *settings.evaluation_changes(workdir)])
+        name = "_".join(["", *different, *run_folder.evaluation_changes(workdir)])
         picks = pathlib.Path(PICKS.value or workdir / f"picks{name}.jsonl")
         out = OUT.value or str(workdir / f"eval{name}.json")
         result = phases.evaluate_phases(session, selectors, picks)

@@ -10,7 +10,7 @@ import pathlib
 
 from absl import flags
 
-from experiments import cli, imported, settings
+from experiments import cli, configs, imported, run_folder, settings
 from experiments.output import check_out
 from experiments.progress import bar, note, stage
 from experiments.stored import measured_stage
@@ -41,8 +41,8 @@ def main():
 
 
 def _mined(workdir: pathlib.Path) -> int:
-    settings.adopt_flags(workdir)
-    dataset = open_dataset(settings.dataset_settings())
+    run_folder.adopt_flags(workdir)
+    dataset = open_dataset(configs.dataset_settings())
     with Store.open(workdir / "store.sqlite", read_only=True) as store:
         if store.fingerprint["dataset"] != dataset.fingerprint:
             raise InputError(

@@ -14,7 +14,7 @@ import pathlib
 
 from absl import flags
 
-from experiments import cli, imported, settings
+from experiments import cli, configs, imported, run_folder
 from experiments.progress import note, stage
 from lever_jax.errors import InputError
 from lever_jax.rl_json import POINTERS, import_rl_json
@@ -44,10 +44,10 @@ AS = flags.DEFINE_enum(
 def main():
     if not RL_JSON.value:
         raise InputError("--rl_json is missing; name the file to import")
-    workdir = settings.make_workdir()
+    workdir = run_folder.make_workdir()
     if (workdir / "flags.txt").exists():
-        settings.adopt_flags(workdir)
-    settings.check()
+        run_folder.adopt_flags(workdir)
+    configs.check()
     if AS.value == "mined":
         _join_store(workdir)
     else:
@@ -75,8 +75,8 @@ def _join_store(workdir: pathlib.Path) -> None:
 def _keep_beside(workdir: pathlib.Path) -> None:
     path = workdir / imported.NAME
     stage(f"import {RL_JSON.value} to {path}")
-    dataset = open_dataset(settings.dataset_settings())
-    shots = settings.train_shots(settings.evaluated_shots())
+    dataset = open_dataset(configs.dataset_settings())
+    shots = configs.train_shots(configs.evaluated_shots())
     fresh = not path.exists()
     count = imported.write_imported(
         workdir, RL_JSON.value, pointers=POINTERS_ARE.value, beams=KIND.value == "beams"

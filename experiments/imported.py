@@ -12,7 +12,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from experiments import settings
+from experiments import configs, settings
 from experiments.progress import bar, note
 from experiments.session import Session
 from lever_jax.errors import InputError
@@ -174,7 +174,7 @@ def rce_groups(session: Session, shots: int, *, beside: GroupBatch | None) -> Im
     both has two groups: labels of different origin are never compared with each other.
     """
     data, queries = _open(session, shots)
-    found = _with_origin(session, queries, imported_groups(data, queries, settings.reward_config()))
+    found = _with_origin(session, queries, imported_groups(data, queries, configs.reward_config()))
     if beside is None:
         return found
     groups, table = join((beside, session.train.table), (found.groups, found.table))

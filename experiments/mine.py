@@ -7,7 +7,7 @@ Does phases 1 to 4 of `experiments.train`; a later `train` in the same workdir g
 
 import time
 
-from experiments import cli, imported, plan, settings
+from experiments import cli, configs, imported, plan, run_folder, settings
 from experiments.metrics import MetricsLog
 from experiments.progress import stage
 from experiments.session import open_session
@@ -16,14 +16,14 @@ from experiments.train import make_data, print_costs
 
 def main():
     started = time.monotonic()
-    settings.check()
+    configs.check()
     if settings.PLAN.value:
         return plan.show("mine")
-    workdir = settings.make_workdir()
+    workdir = run_folder.make_workdir()
     imported.check_flags(workdir)
     stage(f"open: {workdir}")
     with open_session(workdir) as session:
-        settings.save_flags(workdir)
+        run_folder.save_flags(workdir)
         log = MetricsLog(workdir)
         make_data(session, log)
         log.close()

@@ -15,7 +15,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from experiments import imported, settings
+from experiments import configs, imported, run_folder, settings
 from experiments.metrics import MetricsLog
 from experiments.output import whole_file
 from experiments.picks import PickLines
@@ -63,13 +63,13 @@ class Trained:
 def fresh(session: Session) -> Trained:
     """A selector that has learnt nothing."""
     recipe = {
-        "selector": dataclasses.asdict(settings.selector_config()),
-        "pools": dataclasses.asdict(settings.pool_config()),
+        "selector": dataclasses.asdict(configs.selector_config()),
+        "pools": dataclasses.asdict(configs.pool_config()),
         "parts": {name: list(span) for name, span in session.parts.items()},
         "identity": session.identity,
         "encoder": session.encoder,
         "seed": settings.SEED.value,
-        "shots": settings.train_shots(settings.evaluated_shots()),
+        "shots": configs.train_shots(configs.evaluated_shots()),
     }
     params = session.init(phase_key(settings.SEED.value, "init"))
     return Trained(params, _hash(recipe))
@@ -104,7 +104,7 @@ def mine_data(session: Session, selector: Trained) -> None:
     Another selector, or another mining flag, mines under another name: what it proposes is never
     mixed with what was there before, and scores that both ask for are shared.
     """
-    config = settings.mining_config()
+    config = configs.mining_config()
     mine(
         mining_stage(selector),
         session.train,
@@ -124,14 +124,14 @@ def check_health(session: Session, selector: Trained, name: str) -> dict[str, An
         mining_stage(selector),
         session.train,
         session.store,
-        settings.reward_config(),
-        settings.mining_config(),
+        configs.reward_config(),
+        configs.mining_config(),
     )
     picks = training_picks(session, selector, name)
     health = measure_health(
         candidates,
         picks=Picks(session.train.query_ids, picks),
-        thresholds=settings.thresholds(),
+        thresholds=configs.thresholds(),
         min_range=settings.MIN_RANGE.value,
     )
     health["stage"] = mining_stage(selector)
@@ -157,7 +157,7 @@ def training_picks(session: Session, selector: Trained, name: str) -> np.ndarray
 def train_rce(session: Session, start: Trained, log: MetricsLog) -> Trained:
     """Reward-weighted cross-entropy on what `start` mined, on imported groups, or on both."""
     training = {"epochs": settings.RCE_EPOCHS.value, "rate": settings.RCE_RATE.value}
-    source, reward, groups = settings.RCE_DATA.value, settings.reward_config(), None
+    source, reward, groups = settings.RCE_DATA.value, configs.reward_config(), None
     if source != "import":
         groups = mined_groups(mining_stage(start), session.train, session.store, reward)
     if source != "mined":
@@ -181,7 +181,7 @@ def train_grpo(session: Session, start: Trained, log: MetricsLog) -> Trained | N
             "before": start.recipe,
             "flags": {name: settings.FLAGS[name].value for name in names},
             "loss": _read_by("grpo"),
-            "reward": dataclasses.asdict(settings.reward_config()),
+            "reward": dataclasses.asdict(configs.reward_config()),
             "queries": _digest([session.train.query_ids]),
         }
     )
@@ -210,7 +210,7 @@ def _grpo_rounds(session: Session, reference: Any, recipe: str, log: MetricsLog)
         for _, start in rounds
     )
     optimizer = make_optimizer(settings.GRPO_RATE.value, steps=steps)
-    step = make_step("grpo", session.policy, optimizer, settings.loss_config())
+    step = make_step("grpo", session.policy, optimizer, configs.loss_config())
     state, first, learnt = init_state(reference, optimizer), 0, False
     partial = session.workdir / "checkpoints" / "grpo_partial"
     if checkpoint.exists(partial) and checkpoint.read_metadata(partial)["recipe"] == recipe:
@@ -230,11 +230,11 @@ def _grpo_rounds(session: Session, reference: Any, recipe: str, log: MetricsLog)
             state.params,
             jax.random.fold_in(key, i),
             session.service,
-            settings.reward_config(),
+            configs.reward_config(),
             shots=_shots(),
             group_size=settings.GROUP_SIZE.value,
             verify=settings.VERIFY.value,
-            config=settings.mining_config(),
+            config=configs.mining_config(),
             draws=settings.DRAWS.value,
             label=f"GRPO round {i + 1}/{len(rounds)}",
         )
@@ -281,7 +281,7 @@ def evaluate_phases(
             {f"selector_{name}": trained.params for name, trained in selectors.items()},
             Proposer(session.policy, queries.table),
             session.service,
-            settings.evaluation_config(),
+            configs.evaluation_config(),
             answer_types=[example.answer_type for example in examples],
             on_picks=PickLines(write, queries, session.dataset, session.identity),
         )
@@ -303,7 +303,7 @@ def finished_phases(session: Session) -> list[str]:
     """
     folder, finished, recipe = session.workdir / "checkpoints", [], None
     for name in settings.PHASES:
-        if not checkpoint.exists(folder / name) or settings.left_out(name):
+        if not checkpoint.exists(folder / name) or configs.left_out(name):
             continue
         metadata = checkpoint.read_metadata(folder / name)
         if recipe is not None and metadata.get("before") != recipe:
@@ -343,12 +343,12 @@ def _save(session: Session, name: str, trained: Trained) -> Trained:
         "shots": _shots(),
         "recipe": trained.recipe,
         "before": trained.before,
-        "selector": dataclasses.asdict(settings.selector_config()),
+        "selector": dataclasses.asdict(configs.selector_config()),
         "parts": {part: list(span) for part, span in session.parts.items()},
         "embedding_dim": session.environment.hello["embedding_dim"],
         "identity": session.identity,
         "encoder": session.encoder,
-        "flags": settings.own_flags(),
+        "flags": run_folder.own_flags(),
         "code": VERSION,
     }
     checkpoint.save(session.workdir / "checkpoints" / name, {"params": trained.params}, metadata)
@@ -393,7 +393,7 @@ def _fit(
         return restored
     steps = epochs * -(-len(groups.query_rows) // size)
     optimizer = make_optimizer(rate, steps=steps)
-    step = make_step(kind, session.policy, optimizer, settings.loss_config())
+    step = make_step(kind, session.policy, optimizer, configs.loss_config())
     state: TrainState = init_state(start.params, optimizer)
     table = session.train.table if table is None else table
     with bar(f"{name}: optimiser steps", steps) as advance:
@@ -411,19 +411,19 @@ def _fit(
 
 
 def _shots() -> int:
-    return settings.train_shots(settings.evaluated_shots())
+    return configs.train_shots(configs.evaluated_shots())
 
 
 def mining_stage(selector: Trained) -> str:
     """Name under which the store keeps what `selector` proposed; pointers of one length only."""
-    config = dataclasses.asdict(settings.mining_config())
+    config = dataclasses.asdict(configs.mining_config())
     by = _hash({"selector": selector.recipe, "config": config, "seed": settings.SEED.value})
     return f"{MINING}_{_shots()}_shots_{by}"
 
 
 def _read_by(kind: str) -> dict[str, Any]:
     """The settings that a loss reads: those of another phase do not change its recipe."""
-    config = dataclasses.asdict(settings.loss_config())
+    config = dataclasses.asdict(configs.loss_config())
     return {name: config[name] for name in LOSS_FIELDS[kind]}
 
 

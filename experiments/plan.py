@@ -13,7 +13,7 @@ import re
 import statistics
 from typing import Any
 
-from experiments import settings
+from experiments import configs, settings
 from experiments.output import check_out, write_out
 from experiments.plan_tables import print_plan
 from experiments.planned_data import planned_data
@@ -133,14 +133,14 @@ def run_config() -> RunConfig:
         train=settings.NUM_QUERIES.value,
         evaluated=settings.NUM_EVAL.value,
         pool=settings.POOL_SIZE.value,
-        shots=settings.train_shots(settings.evaluated_shots()),
+        shots=configs.train_shots(configs.evaluated_shots()),
         warmup_queries=settings.WARMUP_QUERIES.value if searches else 0,
         warmup_beam=settings.WARMUP_BEAM.value,
-        mining=settings.mining_config(),
+        mining=configs.mining_config(),
         grpo_epochs=settings.GRPO_EPOCHS.value,
         group_size=settings.GROUP_SIZE.value,
         verify=settings.VERIFY.value,
-        evaluation=settings.evaluation_config(),
+        evaluation=configs.evaluation_config(),
         warms_up=settings.WARMUP.value != "none",
         construction=settings.SEARCH_CONSTRUCTION.value,
         gain=settings.SEARCH_SCORE.value == "gain",

@@ -10,7 +10,7 @@ import pathlib
 
 from absl import flags
 
-from experiments import cli, settings
+from experiments import cli, configs, run_folder, settings
 from experiments.progress import stage
 from experiments.reporting import report_run
 from lever_jax.errors import InputError
@@ -22,13 +22,13 @@ COMPARE = flags.DEFINE_string("compare", None, "Workdir of a run to stand beside
 
 def main():
     workdir = pathlib.Path(settings.WORKDIR.value)
-    settings.adopt_flags(workdir)
-    settings.check()
+    run_folder.adopt_flags(workdir)
+    configs.check()
     other = pathlib.Path(COMPARE.value) if COMPARE.value else None
     if other is not None and not (other / "flags.txt").is_file():
         raise InputError(f"--compare={other} holds no run (no flags.txt); name a workdir")
     stage(f"report of {workdir}")
-    dataset = open_dataset(settings.dataset_settings())
+    dataset = open_dataset(configs.dataset_settings())
     report_run(workdir, dataset, REPORT.value, other)
 
 

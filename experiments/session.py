@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from experiments import settings
+from experiments import configs, settings
 from experiments.progress import bar, note
 from lever_jax.errors import InputError
 from lever_jax.pooled import Embedded, PooledQueries, pool_queries
@@ -89,7 +89,7 @@ def open_session(workdir: pathlib.Path) -> Iterator[Session]:
       InputError: flags, data, model or store do not fit.
     """
     logging.basicConfig(format="  %(levelname)s %(message)s", level=logging.WARNING)
-    dataset = open_dataset(settings.dataset_settings())
+    dataset = open_dataset(configs.dataset_settings())
     if len(dataset.bank) < settings.POOL_SIZE.value:
         raise InputError(
             f"--pool_size={settings.POOL_SIZE.value} exceeds the {len(dataset.bank)} "
@@ -103,7 +103,7 @@ def open_session(workdir: pathlib.Path) -> Iterator[Session]:
         environment = stack.enter_context(
             Environment(
                 # Resolved here, once: workers must not download the same files at the same time.
-                {**settings.worker_settings(), "model": resolve_model(settings.MODEL.value)},
+                {**configs.worker_settings(), "model": resolve_model(settings.MODEL.value)},
                 workers=settings.WORKERS.value,
                 threads=settings.THREADS.value,
                 deadline_s=settings.DEADLINE_S.value,
@@ -117,11 +117,11 @@ def open_session(workdir: pathlib.Path) -> Iterator[Session]:
         batched = BatchedEnvironment(environment, settings.SCORE_BATCH.value)
         service = ScoringService(store, batched, bar)
         bank, *queries = _embeddings(environment, dataset)
-        config = settings.pool_config()
+        config = configs.pool_config()
         pooled = [pool_queries(each, bank, hello["parts"], config, store, bar) for each in queries]
         _report_excluded(pooled)
         init, policy = make_selector(
-            settings.selector_config(), hello["parts"], hello["embedding_dim"]
+            configs.selector_config(), hello["parts"], hello["embedding_dim"]
         )
         yield Session(
             workdir,
@@ -144,7 +144,7 @@ def _embeddings(environment: Environment, dataset: Dataset) -> list[Embedded]:
         ("query", dataset.train, "embed training queries"),
         ("query", dataset.eval, "embed evaluation queries"),
     )
-    folder = settings.embeddings_dir()
+    folder = configs.embeddings_dir()
     with EmbeddingCache(folder, environment, dataset, bar) as cache:
         embedded = [
             Embedded(

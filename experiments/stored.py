@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from experiments import settings
+from experiments import configs
 from experiments.output import whole_file
 from lever_jax.diagnostics import Candidates, Picks
 from lever_jax.errors import InputError
@@ -102,8 +102,8 @@ def read_run(workdir: pathlib.Path, dataset: Dataset) -> RunData:
             stage,
             StoredQueries(query_ids, pool_ids),
             store,
-            settings.reward_config(),
-            settings.mining_config(),
+            configs.reward_config(),
+            configs.mining_config(),
         )
     types = {example.id: example.answer_type for example in dataset.train}
     if any(types.values()):

@@ -16,7 +16,7 @@ import time
 
 import numpy as np
 
-from experiments import cli, imported, phases, plan, settings
+from experiments import cli, configs, imported, phases, plan, run_folder, settings
 from experiments.metrics import MetricsLog
 from experiments.progress import note, stage
 from experiments.reporting import report_run
@@ -26,14 +26,14 @@ from experiments.tables import print_evaluation, print_health
 
 def main():
     started = time.monotonic()
-    settings.check()
+    configs.check()
     if settings.PLAN.value:
         return plan.show()
-    workdir = settings.make_workdir()
+    workdir = run_folder.make_workdir()
     imported.check_flags(workdir)
     stage(f"open: {workdir}")
     with open_session(workdir) as session:
-        settings.save_flags(workdir)
+        run_folder.save_flags(workdir)
         log = MetricsLog(workdir)
         selectors, current, health = make_data(session, log)
         gaps = {"mining": health["headroom"]} if health and health["headroom"] is not None else {}

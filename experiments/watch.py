@@ -5,7 +5,7 @@ from collections.abc import Iterable, Mapping
 
 import numpy as np
 
-from experiments import settings
+from experiments import configs
 from experiments.curves import learning_curves
 from experiments.progress import note
 from experiments.session import Session
@@ -53,7 +53,7 @@ def known_picks(session: Session, pointers: np.ndarray, rows: np.ndarray) -> dic
     ids = session.train.demo_ids(rows, pointers)
     stored = session.store.get_scores(session.train.query_ids[rows], ids)
     scores = columns([record for record in stored if record is not None])
-    rewards = settings.reward_config().of(scores)
+    rewards = configs.reward_config().of(scores)
     known = np.isfinite(rewards)
     found = {
         "similarity_overlap": float((pointers < pointers.shape[1]).mean()),

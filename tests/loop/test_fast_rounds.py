@@ -9,7 +9,7 @@ import pytest
 from absl import flags
 from absl.testing import flagsaver
 
-from experiments import phases, session, settings
+from experiments import configs, phases, run_folder, session, settings
 from lever_jax.mining import Proposer, on_policy_round
 
 SMALL = {
@@ -26,7 +26,7 @@ def run(scorer, workdir):
         for name, value in SMALL.items():
             given = ",".join(value) if isinstance(value, list) else value
             flags.FLAGS[name].parse(str(given))
-        with session.open_session(settings.make_workdir()) as opened:
+        with session.open_session(run_folder.make_workdir()) as opened:
             before = sum(opened.environment.stats["busy_s"])
             selector = phases.fresh(opened)
             phases.mine_data(opened, selector)
@@ -38,11 +38,11 @@ def run(scorer, workdir):
                 selector.params,
                 jax.random.key(3),
                 opened.service,
-                settings.reward_config(),
+                configs.reward_config(),
                 shots=2,
                 group_size=settings.GROUP_SIZE.value,
                 verify="all",
-                config=settings.mining_config(),
+                config=configs.mining_config(),
                 label="round",
             )
             seconds = sum(opened.environment.stats["busy_s"]) - before

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from absl.testing import flagsaver
 
-from experiments import phases, settings
+from experiments import configs, phases, settings
 from lever_jax import checkpoint
 from lever_jax.errors import InputError
 from lever_jax.training import LOSS_FIELDS, LossConfig
@@ -83,4 +83,4 @@ def test_other_seeds_and_selectors_mine_under_other_names():
 def test_settings_that_would_mislead_are_refused(flag, value, words):
     settings.FLAGS[flag].value = value
     with pytest.raises(InputError, match=words):
-        settings.check()
+        configs.check()

@@ -11,7 +11,7 @@ from absl import flags
 from absl.testing import flagsaver
 from PIL import Image
 
-from experiments import settings
+from experiments import configs, run_folder, settings
 from experiments.annotate_flags import annotated
 from experiments.plan import make_plan
 from experiments.plan_tables import hours
@@ -61,7 +61,7 @@ def test_all_flag_files_are_there():
 def test_comments_of_flag_files_are_what_plan_says_today(file):
     assert annotated(file) == file.read_text(), "run python -m experiments.annotate_flags"
     flags.FLAGS(["train", f"--flagfile={file}"])
-    settings.check()
+    configs.check()
     data, size, gpus = file.stem.split("_")
     assert settings.WORKERS.value == int(gpus.removesuffix("gpu"))
     assert f"-{size.upper()}-" in settings.MODEL.value
@@ -192,7 +192,7 @@ def test_plans_that_cannot_be_made(given, error, words):
 
 
 def test_a_run_does_not_keep_the_flags_of_a_plan():
-    assert not [name for name in settings.own_flags() if name.startswith("plan")]
+    assert not [name for name in run_folder.own_flags() if name.startswith("plan")]
 
 
 def test_hours_in_words():

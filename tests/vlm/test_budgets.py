@@ -9,7 +9,7 @@ from absl import flags
 from absl.testing import flagsaver
 from test_scorer import assert_scores_agree, prefix_bytes, random_prompts
 
-from experiments import settings
+from experiments import run_folder, settings
 from qwen_bridge import free_memory
 from qwen_bridge.memory import CPU_CAP, cache_budgets, forward_bound
 from qwen_bridge.shape import PUBLISHED
@@ -83,10 +83,10 @@ def test_flags_are_auto_or_a_number():
     with flagsaver.flagsaver():
         flags.FLAGS(["train"])
         assert (settings.CACHE_MIB.value, settings.VISION_CACHE_MIB.value) == ("auto", "auto")
-        assert settings.own_flags()["cache_mib"] == "--cache_mib=auto"
+        assert run_folder.own_flags()["cache_mib"] == "--cache_mib=auto"
         flags.FLAGS(["train", "--cache_mib=64", "--vision_cache_mib=0"])
         assert (settings.CACHE_MIB.value, settings.VISION_CACHE_MIB.value) == (64, 0)
-        assert settings.own_flags()["cache_mib"] == "--cache_mib=64"
+        assert run_folder.own_flags()["cache_mib"] == "--cache_mib=64"
         for wrong in ("--cache_mib=0", "--cache_mib=lots", "--vision_cache_mib=-1"):
             with pytest.raises(flags.IllegalFlagValueError, match="auto, or an integer"):
                 flags.FLAGS(["train", wrong])

@@ -6,7 +6,7 @@ import pytest
 from absl import flags
 from absl.testing import flagsaver
 
-from experiments import session, settings
+from experiments import configs, run_folder, session
 from lever_jax.errors import InputError
 from lever_jax.store import StoreError
 from qwen_bridge.vqa.digits import DigitsConfig, load_digits_world
@@ -38,23 +38,23 @@ def given(tmp_path):
 def test_encoder_and_its_folder_belong_together(given, encoder, folder, message):
     given(encoder=encoder, encoder_model=folder)
     with pytest.raises(InputError, match=message):
-        settings.check()
+        configs.check()
 
 
 def test_embeddings_are_in_the_workdir_unless_told_otherwise(given, tmp_path):
     given()
-    assert settings.embeddings_dir() == tmp_path / "run" / "embeddings"
+    assert configs.embeddings_dir() == tmp_path / "run" / "embeddings"
     given(embeddings_dir=str(tmp_path / "shared"))
-    assert settings.embeddings_dir() == tmp_path / "shared"
+    assert configs.embeddings_dir() == tmp_path / "shared"
     (tmp_path / "shared").write_text("")
     with pytest.raises(InputError, match="is a file; give a folder"):
-        settings.check()
+        configs.check()
 
 
 @pytest.mark.slow
 def test_a_second_start_computes_no_embedding(given, tmp_path, capsys):
     given(**SMALL)
-    workdir = settings.make_workdir()
+    workdir = run_folder.make_workdir()
     with session.open_session(workdir) as first:
         computed = first.environment.stats["ids_embedded"]
         pools, bank = first.train.pool_ids, np.asarray(first.train.table.bank)
@@ -70,7 +70,7 @@ def test_a_second_start_computes_no_embedding(given, tmp_path, capsys):
     # Another workdir with the same embeddings, and more queries than before.
     given(**SMALL | {"num_queries": 25}, embeddings_dir=str(workdir / "embeddings"))
     flags.FLAGS["workdir"].value = str(tmp_path / "other")
-    with session.open_session(settings.make_workdir()) as other:
+    with session.open_session(run_folder.make_workdir()) as other:
         assert other.environment.stats["ids_embedded"] == 5
         np.testing.assert_array_equal(other.train.pool_ids[:20], pools)
 
@@ -79,7 +79,7 @@ def test_a_second_start_computes_no_embedding(given, tmp_path, capsys):
 def test_another_encoder_keeps_the_scores_and_refuses_the_pools(given, tmp_path):
     published.clip_folder(tmp_path / "clip")
     given(**SMALL)
-    workdir = settings.make_workdir()
+    workdir = run_folder.make_workdir()
     with session.open_session(workdir) as qwen:
         identity = qwen.identity
     clip = {"encoder": "clip", "encoder_model": str(tmp_path / "clip")}
@@ -88,7 +88,7 @@ def test_another_encoder_keeps_the_scores_and_refuses_the_pools(given, tmp_path)
     with refused, session.open_session(workdir):
         pass
     flags.FLAGS["workdir"].value = str(tmp_path / "other")
-    with session.open_session(settings.make_workdir()) as other:
+    with session.open_session(run_folder.make_workdir()) as other:
         assert other.identity == identity
         assert other.encoder != qwen.encoder
         assert other.parts == {"image": (0, 20), "question": (20, 40), "answer": (40, 60)}
