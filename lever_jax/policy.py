@@ -29,18 +29,21 @@ class Policy(NamedTuple):
     """A selector as pure, unbatched functions.
 
     Attributes:
-      encode: (params, query [D], pool) -> encoding. Once a query.
+      encode: (params, query [D], pool) -> encoding. Once a query. With `dropout` it also takes a
+        key, which training steps give and nothing else does.
       start: (params, encoding) -> state before the first pick.
       logits: (params, encoding, state) -> [A], unmasked: the caller masks.
       update: (params, encoding, state, action) -> state after that pick; anything after the end.
       stops: whether it has an end, so that pointers may have fewer than S picks.
+      dropout: whether training leaves out parts of the encoding at random.
     """
 
-    encode: Callable[[Params, jax.Array, CandidatePool], Encoding]
+    encode: Callable[..., Encoding]
     start: Callable[[Params, Encoding], State]
     logits: Callable[[Params, Encoding, State], jax.Array]
     update: Callable[[Params, Encoding, State, jax.Array], State]
     stops: bool = False
+    dropout: bool = False
 
 
 def step_log_probs(
