@@ -31,6 +31,7 @@ def check() -> None:
     ):
         make()
     _check_numbers()
+    _check_stop()
     if settings.DRAWS.value != "iid" and settings.VERIFY.value != "all":
         raise InputError(
             f"--draws={settings.DRAWS.value} needs --verify=all: every draw counts by its "
@@ -51,6 +52,20 @@ def _check_numbers() -> None:
     for flag in settings.FLAGS.flags_by_module_dict()[settings.__name__]:
         if isinstance(flag.value, float) and not math.isfinite(flag.value):
             raise InputError(f"--{flag.name}={flag.value} must be a finite number")
+
+
+def _check_stop() -> None:
+    """Refuses a stop that can never come, and a cost that nothing can save."""
+    if settings.STOP.value and train_shots(evaluated_shots()) == 1:
+        raise InputError(
+            "--stop ends pointers after their first demonstration at the earliest, and "
+            "--train_shots=1 has no more; raise it, or leave --stop out"
+        )
+    if settings.SHOT_COST.value and not settings.STOP.value:
+        raise InputError(
+            f"--shot_cost={settings.SHOT_COST.value} is the same for every pointer without --stop; "
+            "add --stop, or set it to 0"
+        )
 
 
 def evaluated_shots() -> tuple[int, ...]:
@@ -202,7 +217,14 @@ def counts(flag: str, items: list[str], example: str) -> dict[str, int]:
 def selector_config() -> SelectorConfig:
     """The selector's architecture."""
     return SelectorConfig(
-        width=settings.WIDTH.value, layers=settings.LAYERS.value, heads=settings.HEADS.value
+        width=settings.WIDTH.value,
+        layers=settings.LAYERS.value,
+        heads=settings.HEADS.value,
+        history=settings.HISTORY.value,
+        pointer_score=settings.POINTER_SCORE.value,
+        diversity=settings.DIVERSITY.value,
+        stop=settings.STOP.value,
+        dropout=settings.DROPOUT.value,
     )
 
 
@@ -226,6 +248,7 @@ def reward_config() -> RewardConfig:
         settings.HARD_WEIGHT.value,
         settings.SOFT_WEIGHT.value,
         settings.SIMILARITY_WEIGHT.value,
+        settings.SHOT_COST.value,
     )
 
 

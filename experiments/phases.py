@@ -63,7 +63,7 @@ class Trained:
 def fresh(session: Session) -> Trained:
     """A selector that has learnt nothing."""
     recipe = {
-        "selector": dataclasses.asdict(configs.selector_config()),
+        "selector": configs.selector_config().recipe(),
         "pools": dataclasses.asdict(configs.pool_config()),
         "parts": {name: list(span) for name, span in session.parts.items()},
         "identity": session.identity,
@@ -92,9 +92,13 @@ def warm_up(session: Session, start: Trained, log: MetricsLog) -> Trained:
         label="warm-up search",
         score=settings.SEARCH_SCORE.value,
         construction=settings.SEARCH_CONSTRUCTION.value,
+        shorter=session.policy.stops,
     )
     groups = search_targets(rows, found, settings.WARMUP_TARGETS.value, shots=_shots())
     note(f"{len(groups.query_rows)} of {len(rows)} queries have a pointer worth imitating")
+    if session.policy.stops:
+        shown = (groups.pointers >= 0).sum(axis=-1)[groups.mask]
+        note(f"these show {shown.mean():.2f} demonstrations on average, at most {_shots()}")
     return _fit(session, "warmup", "supervised", start, groups, log, **training)
 
 
@@ -154,12 +158,18 @@ def training_picks(session: Session, selector: Trained, name: str) -> np.ndarray
     return scores["accuracy"]
 
 
-def train_rce(session: Session, start: Trained, log: MetricsLog) -> Trained:
-    """Reward-weighted cross-entropy on what `start` mined, on imported groups, or on both."""
+def train_rce(
+    session: Session, start: Trained, log: MetricsLog, stage: str | None = None
+) -> Trained:
+    """Reward-weighted cross-entropy on what `start` mined, on imported groups, or on both.
+
+    A `stage` names mined data of another selector, to be learnt from instead of `start`'s.
+    """
     training = {"epochs": settings.RCE_EPOCHS.value, "rate": settings.RCE_RATE.value}
     source, reward, groups = settings.RCE_DATA.value, configs.reward_config(), None
     if source != "import":
-        groups = mined_groups(mining_stage(start), session.train, session.store, reward)
+        stage = stage or mining_stage(start)
+        groups = mined_groups(stage, session.train, session.store, reward)
     if source != "mined":
         data = imported.rce_groups(session, _shots(), beside=groups)
         groups, training = data.groups, training | {"table": data.table, "origin": data.origin}
@@ -181,7 +191,7 @@ def train_grpo(session: Session, start: Trained, log: MetricsLog) -> Trained | N
             "before": start.recipe,
             "flags": {name: settings.FLAGS[name].value for name in names},
             "loss": _read_by("grpo"),
-            "reward": dataclasses.asdict(configs.reward_config()),
+            "reward": configs.reward_config().recipe(),
             "queries": _digest([session.train.query_ids]),
         }
     )
@@ -290,6 +300,7 @@ def evaluate_phases(
 def restore_phase(session: Session, name: str) -> Trained:
     """Reads the checkpoint of a finished phase, into the architecture that the flags describe."""
     path = session.workdir / "checkpoints" / name
+    configs.selector_config().check_same(checkpoint.read_metadata(path)["selector"], str(path))
     abstract = {"params": jax.eval_shape(session.init, jax.random.key(0))}
     tree, metadata = checkpoint.restore(path, abstract)
     return Trained(tree["params"], metadata["recipe"], metadata.get("before"))

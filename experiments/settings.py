@@ -13,6 +13,7 @@ from lever_jax.evaluation import METRICS
 from lever_jax.mining import VERIFY
 from lever_jax.rewards import REWARD_MODES
 from lever_jax.search import CONSTRUCTIONS, SCORES
+from lever_jax.selector import HISTORIES, POINTER_SCORES
 from qwen_bridge.devices import DEVICES
 from qwen_bridge.vqa.official import DEFAULT_IMAGE_PATTERN
 
@@ -183,6 +184,34 @@ TRAIN_SHOTS = flags.DEFINE_integer(
 WIDTH = flags.DEFINE_integer("width", 64, "Width of the selector.")
 LAYERS = flags.DEFINE_integer("layers", 1, "Set-encoder layers of the selector.")
 HEADS = flags.DEFINE_integer("heads", 4, "Attention heads of the selector.")
+HISTORY = flags.DEFINE_enum(
+    "history",
+    "gru",
+    HISTORIES,
+    "How a pick changes the selector's state: not at all, by a gated sum, by a GRU, or by "
+    "attention over all picks so far.",
+)
+POINTER_SCORE = flags.DEFINE_enum(
+    "pointer_score",
+    "dot",
+    POINTER_SCORES,
+    "How the state is compared with candidates, beside the short paths: product of two "
+    "projections, one bilinear form, or a hidden layer.",
+)
+DIVERSITY = flags.DEFINE_bool(
+    "diversity", False, "A learned penalty on a candidate's similarity to what is picked."
+)
+STOP = flags.DEFINE_bool(
+    "stop",
+    False,
+    "A learned end: the selector shows one to S demonstrations, as many as a query needs.",
+)
+DROPOUT = flags.DEFINE_float(
+    "dropout",
+    0.0,
+    "Share of the set encoder left out in warm-up and RCE steps, [0, 1); GRPO has none.",
+    lower_bound=0.0,
+)
 
 # --- warm-up and mining -----------------------------------------------------------------------
 WARMUP = flags.DEFINE_enum(
@@ -199,7 +228,10 @@ WARMUP_BEAM = flags.DEFINE_integer(
     "warmup_beam", 6, "Pointers kept at each level of the search.", lower_bound=1
 )
 WARMUP_TARGETS = flags.DEFINE_integer(
-    "warmup_targets", 4, "Best pointers a query to imitate.", lower_bound=1
+    "warmup_targets",
+    4,
+    "Best pointers a query to imitate, of all that the search found; 1 is the best one only.",
+    lower_bound=1,
 )
 SEARCH_SCORE = flags.DEFINE_enum(
     "search_score",
@@ -257,6 +289,12 @@ REWARD_MODE = flags.DEFINE_enum(
 HARD_WEIGHT = flags.DEFINE_float("hard_weight", 2.0, "Weight of right or wrong.")
 SOFT_WEIGHT = flags.DEFINE_float("soft_weight", 1.0, "Weight of the graded term.")
 SIMILARITY_WEIGHT = flags.DEFINE_float("similarity_weight", 0.0, "Shaping of wrong answers only.")
+SHOT_COST = flags.DEFINE_float(
+    "shot_cost",
+    0.0,
+    "Taken off the reward for each demonstration shown, with --stop; the warm-up knows no cost.",
+    lower_bound=0.0,
+)
 
 # --- health -----------------------------------------------------------------------------------
 MAX_ZERO_POSITIVE = flags.DEFINE_float(

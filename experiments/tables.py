@@ -99,6 +99,9 @@ def print_evaluation(result: dict[str, Any]) -> None:
         if seeds := result["shots"][count]["random"].get("seeds"):
             low, high, sd = (number(seeds[name]) for name in ("min", "max", "sd"))
             note(f"random, {count} shots: {seeds['count']} seeds from {low} to {high}, sd {sd}")
+        for method, row in result["shots"][count].items():
+            if "mean_shots" in row:
+                note(f"{method}, up to {count} shots: shows {row['mean_shots']:.2f} on average")
     if any(map(is_oracle, result["shots"][shots[-1]])):
         note(f"{_MARK.strip()} reads the ground truth: an oracle, which nobody can deploy")
 

@@ -13,8 +13,9 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from lever_jax.errors import InputError
 from lever_jax.masking import MASKED
-from lever_jax.selector import MAX_LOG_SCALE, SelectorConfig
+from lever_jax.selector import MAX_LOG_SCALE, SIZE, SelectorConfig
 
 EPSILON = 1e-6
 """Of layer norms, as Flax has it; PyTorch's own default is 1e-5."""
@@ -141,7 +142,14 @@ class _Block(nn.Module):
 
 
 def from_flax(config: SelectorConfig, parts, params) -> TorchSelector:
-    """A `TorchSelector` with the weights of our selector's `params`."""
+    """A `TorchSelector` with the weights of our selector's `params`.
+
+    Raises:
+      InputError: the selector has options that this port lacks: only its size may differ.
+    """
+    options = ", ".join(f"{k}={v}" for k, v in config.recipe().items() if k not in SIZE)
+    if options:
+        raise InputError(f"the PyTorch selector has the default options only, not {options}")
     model = TorchSelector(config, parts)
 
     def dense(layer, given):
@@ -186,7 +194,7 @@ def _set(parameter, value):
 
 
 def _scale(rows, seen):
-    """As `lever_jax.selector._scale`: rows [B, 1 + K, d] to [B, 1 + K, 2d]."""
+    """As `lever_jax.selector.set_encoder.scale_part`: rows [B, 1 + K, d] to [B, 1 + K, 2d]."""
     rows = rows * seen[..., None]
     mean = rows[:, 1:].sum(1, keepdim=True) / seen[:, 1:].sum(1).clamp(min=1)[:, None, None]
     empty = (rows == 0.0).all(-1, keepdim=True)
@@ -197,7 +205,7 @@ def _scale(rows, seen):
 
 
 def _standardise(x, mask):
-    """As `lever_jax.selector._standardise`, for [B, K]."""
+    """As `lever_jax.selector.set_encoder.standardise`, for [B, K]."""
     count = mask.sum(-1, keepdim=True).clamp(min=1)
     x = (x - (x * mask).sum(-1, keepdim=True) / count) * mask
     return x * (x.square().sum(-1, keepdim=True) / count + 1e-6).rsqrt()

@@ -46,8 +46,8 @@ def known_picks(session: Session, pointers: np.ndarray, rows: np.ndarray) -> dic
         certain, its draws are its picks.
       greedy_reward, greedy_accuracy: means over these; left out where there is none.
     """
-    complete = (pointers >= 0).all(axis=1)
-    pointers, rows = pointers[complete], np.asarray(rows)[complete]
+    known = (pointers >= 0).any(axis=1)
+    pointers, rows = pointers[known], np.asarray(rows)[known]
     if not len(rows):
         return {}
     ids = session.train.demo_ids(rows, pointers)
@@ -56,7 +56,7 @@ def known_picks(session: Session, pointers: np.ndarray, rows: np.ndarray) -> dic
     rewards = configs.reward_config().of(scores)
     known = np.isfinite(rewards)
     found = {
-        "similarity_overlap": float((pointers < pointers.shape[1]).mean()),
+        "similarity_overlap": float((pointers[pointers >= 0] < pointers.shape[1]).mean()),
         "greedy_known": float(known.sum() / len(rows)),
     }
     if known.any():

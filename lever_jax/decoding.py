@@ -158,7 +158,7 @@ def other_orders(
     """The same demonstrations in other orders, uniform over the orders that are not the given one.
 
     Args:
-      pointers: int32 [Q, S].
+      pointers: int32 [Q, S]; -1 after the end stays where it is.
       query_ids: [Q]; an order depends on (seed, draw, query id) alone.
       draws: how many orders; at most the S! - 1 that there are, and the pointers themselves where
         S is 1.
@@ -175,9 +175,10 @@ def other_orders(
         shuffled = np.empty_like(pointers)
         for row, query_id in enumerate(query_ids):
             rng = np.random.default_rng([seed, draw, int(query_id), _SHUFFLE])
-            order = given
-            while (order == given).all():
-                order = rng.permutation(shots)
+            shown = int((pointers[row] >= 0).sum())  # Fewer than S where a policy stopped.
+            order = given.copy()
+            while shown > 1 and (order == given).all():
+                order[:shown] = rng.permutation(shown)
             shuffled[row] = pointers[row, order]
         orders.append(shuffled)
     return orders

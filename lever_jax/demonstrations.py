@@ -55,7 +55,8 @@ class Pick(NamedTuple):
     """The demonstrations to show with one query.
 
     Attributes:
-      demonstrations: ids in prompt order, the last next to the query.
+      demonstrations: ids in prompt order, the last next to the query; fewer than `shots` where a
+        selector that can stop did.
       log_prob: log-probability of this pointer under the selector, nats.
       pool: ids of the candidates it was chosen from, most similar first.
     """
@@ -158,7 +159,11 @@ class DemonstrationSelector:
                 self._policy, self._params, *_padded(embeddings[some], pool), shots, beam
             )
             picks += [
-                Pick(tuple(ids[pointer].tolist()), float(log_prob), tuple(ids[known].tolist()))
+                Pick(
+                    tuple(ids[pointer[pointer >= 0]].tolist()),
+                    float(log_prob),
+                    tuple(ids[known].tolist()),
+                )
                 for ids, known, pointer, log_prob in zip(
                     self._bank.ids[rows], mask, np.asarray(pointers), np.asarray(log_probs)
                 )

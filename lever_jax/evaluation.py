@@ -113,8 +113,8 @@ def evaluate(
       on_picks: called with each draw of each method as soon as it is answered.
 
     Returns:
-      The content of `eval.json`: n, metric, shots -> method -> accuracy, ci95, n, by_answer_type
-      and, for methods with chance, seeds; paired.
+      The content of `eval.json`: n, metric, shots -> method -> accuracy, ci95, n, by_answer_type,
+      for methods with chance seeds, and for selectors that stop mean_shots; paired.
 
     Raises:
       InputError: a pool has fewer candidates than shots.
@@ -123,12 +123,14 @@ def evaluate(
     column = METRICS[config.metric]
     types = np.array(answer_types if answer_types is not None else [""] * len(queries))
     tables: dict[str, dict] = {}
+    shown: dict[tuple[str, int], float] = {}
     paired = []
 
     def note(method: str, shots: int, draws: Sequence[Answered]) -> np.ndarray:
         for draw, answered in enumerate(draws):
             if on_picks is not None:
                 on_picks(Picked(method, shots, draw, answered))
+        shown[method, shots] = float(np.mean([(d.pointers >= 0).sum(axis=1) for d in draws]))
         return accuracies_of(draws, column)
 
     nothing = np.zeros((len(queries), 0), np.int32)
@@ -157,9 +159,13 @@ def evaluate(
             )
             accuracy |= {method: note(method, shots, draws) for method, draws in decoded.items()}
         if config.oracle_beam:
-            found = _oracle(queries, baselines, service, config, shots)
+            found = _oracle(queries, baselines, service, config, shots, proposer.stops)
             accuracy[ORACLE] = note(ORACLE, shots, [found])
         table = {name: _row(values, types) for name, values in accuracy.items()}
+        if proposer.stops:
+            for name in table:
+                if name.startswith("selector_"):
+                    table[name]["mean_shots"] = shown[name, shots]
         tables[str(shots)] = table
         paired += _comparisons(accuracy, table, tuple(selectors), shots)
     return {"n": len(queries), "metric": config.metric, "shots": tables, "paired": paired}
@@ -207,16 +213,27 @@ def gap_closed(table: Mapping[str, dict], method: str) -> float | None:
     return (table[method]["accuracy"] - floor) / gap if gap > 0 else None
 
 
-def _oracle(queries, baselines, service, config: EvaluationConfig, shots: int) -> Answered:
+def _oracle(
+    queries, baselines, service, config: EvaluationConfig, shots: int, shorter: bool
+) -> Answered:
     """Best pick of each query among those that a search with the ground truth rates highest.
 
     The baselines' picks count too, so that the oracle does not lose to one that the search happened
     not to try. The selectors' picks do not: what bounds them may not depend on which of them are
-    evaluated. A selector can therefore beat the oracle on a query, where the search missed.
+    evaluated. A selector can therefore beat the oracle on a query, where the search missed. Where
+    selectors stop, `shorter` lets the oracle stop too.
     """
     label = f"oracle, {shots} shots"
     rows = np.arange(len(queries))
-    found = search_pools(queries, rows, service, shots=shots, beam=config.oracle_beam, label=label)
+    found = search_pools(
+        queries,
+        rows,
+        service,
+        shots=shots,
+        beam=config.oracle_beam,
+        label=label,
+        shorter=shorter,
+    )
     others = [draws[0] for name, draws in baselines.items() if name != "random"]
     candidates = [
         np.concatenate([pointers[: config.oracle_verify], *(own[row][None] for own in others)])

@@ -272,7 +272,7 @@ def imported_groups(data: ImportedData, queries: PooledQueries, reward: RewardCo
             "--rce_data: no imported pointer has a vqa_acc_score, which RCE needs; beams without "
             "labels are for --warmup=import"
         )
-    rewards = reward.of(data.scores)
+    rewards = reward.of({**data.scores, "shots": np.sum(data.pointers >= 0, axis=1)})
     lacking = answered & ~np.isfinite(rewards)
     if lacking.any():
         missing = [n for n in ("gt_prob", "similarity") if np.isnan(data.scores[n][lacking]).any()]

@@ -11,6 +11,7 @@ what RCE learns from.
 import dataclasses
 import hashlib
 from collections.abc import Mapping
+from typing import Any
 
 import jax
 import numpy as np
@@ -90,16 +91,25 @@ class MiningConfig:
 
 @dataclasses.dataclass(frozen=True)
 class RewardConfig:
-    """How scores become rewards; see `rewards.compute_rewards`."""
+    """How scores become rewards; see `rewards.compute_rewards`.
+
+    `shot_cost` is taken off for each demonstration shown, so that a policy that stops shows fewer.
+    """
 
     mode: str = "hard01_plus_gtprob"
     hard_weight: float = 2.0
     soft_weight: float = 1.0
     similarity_weight: float = 0.0
+    shot_cost: float = 0.0
+
+    def recipe(self) -> dict[str, Any]:
+        """What decides rewards; a cost of 0 is left out, as recipes were before there was one."""
+        fields = dataclasses.asdict(self)
+        return fields if self.shot_cost else {k: fields[k] for k in fields if k != "shot_cost"}
 
     def of(self, scores: dict[str, np.ndarray]) -> np.ndarray:
         """Rewards of `scoring.columns`; NaN where a score is missing."""
-        return compute_rewards(
+        rewards = compute_rewards(
             self.mode,
             accuracy=scores["accuracy"],
             gt_prob=scores["gt_prob"],
@@ -108,6 +118,7 @@ class RewardConfig:
             soft_weight=self.soft_weight,
             similarity_weight=self.similarity_weight,
         )
+        return rewards - self.shot_cost * scores["shots"] if self.shot_cost else rewards
 
 
 def mine(
@@ -271,7 +282,7 @@ def group_batch(
     Args:
       queries: with their pools; the batch names queries by row of it.
       query_ids: int64 [n].
-      demo_ids: int64 [n, S] demonstration ids.
+      demo_ids: int64 [n, S] demonstration ids, -1 after the end of a pointer.
       rewards: [n]; pointers without one (NaN) are left out.
       log_probs: [n] under the policy that drew them, nats.
       size: G; the largest group by default.
@@ -286,15 +297,14 @@ def group_batch(
     order = np.argsort(queries.query_ids, kind="stable")
     row = order[np.searchsorted(queries.query_ids[order], query_ids)]
     known = np.isfinite(rewards)
-    matches = queries.pool_ids[row][:, None, :] == demo_ids[:, :, None]  # [n, S, K]
-    stray = ~matches.any(-1).all(-1)
+    actions = positions_in_pool(queries, query_ids, demo_ids).astype(np.int32)
+    stray = ((actions < 0) & (demo_ids >= 0)).any(-1)
     if stray.any():
         at = int(np.argmax(stray))
         raise InputError(
             f"query {query_ids[at]}: pointer {demo_ids[at].tolist()} names a demonstration outside "
             "its candidate pool; the data were mined with other pools, use another --workdir"
         )
-    actions = matches.argmax(-1).astype(np.int32)
     by_row = np.flatnonzero(known)
     by_row = by_row[np.argsort(row[by_row], kind="stable")]
     members = np.split(by_row, np.flatnonzero(np.diff(row[by_row])) + 1) if len(by_row) else []

@@ -2,8 +2,10 @@
 
 A policy reads the query and its pool once (`encode`) and then points at one candidate after another
 (`start`, then `logits` and `update` in turn). The distribution over pointers is Plackett-Luce: each
-pick is renormalised over the candidates that are left. Samplers and losses use nothing else, so
-they never import a network library, and the policy that samples is the policy that is trained.
+pick is renormalised over the candidates that are left, and over the end where the policy can stop
+(`actions.py`: the A actions are the K candidates, or those and the end). Samplers and losses use
+nothing else, so they never import a network library, and the policy that samples is the policy
+that is trained.
 
 Everything is for one query; lift it with `jax.vmap(fn, in_axes=(None, 0, 0, ...))`.
 """
@@ -14,7 +16,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from lever_jax.masking import MASKED, masked_log_softmax, remove
+from lever_jax.actions import as_actions, first_actions, remaining
+from lever_jax.masking import MASKED, masked_log_softmax
 from lever_jax.types import CandidatePool
 
 Params = Any
@@ -26,22 +29,27 @@ class Policy(NamedTuple):
     """A selector as pure, unbatched functions.
 
     Attributes:
-      encode: (params, query [D], pool) -> encoding. Once a query.
+      encode: (params, query [D], pool) -> encoding. Once a query. With `dropout` it also takes a
+        key, which training steps give and nothing else does.
       start: (params, encoding) -> state before the first pick.
-      logits: (params, encoding, state) -> [K], unmasked: the caller masks.
-      update: (params, encoding, state, action) -> state after that pick.
+      logits: (params, encoding, state) -> [A], unmasked: the caller masks.
+      update: (params, encoding, state, action) -> state after that pick; anything after the end.
+      stops: whether it has an end, so that pointers may have fewer than S picks.
+      dropout: whether training leaves out parts of the encoding at random.
     """
 
-    encode: Callable[[Params, jax.Array, CandidatePool], Encoding]
+    encode: Callable[..., Encoding]
     start: Callable[[Params, Encoding], State]
     logits: Callable[[Params, Encoding, State], jax.Array]
     update: Callable[[Params, Encoding, State, jax.Array], State]
+    stops: bool = False
+    dropout: bool = False
 
 
 def step_log_probs(
     policy: Policy, params: Params, encoding: Encoding, state: State, available: jax.Array
 ) -> jax.Array:
-    """Log-probabilities of the next pick, [K], over the candidates that are `available` [K]."""
+    """Log-probabilities of the next pick, [A], over the actions that are `available` [A]."""
     return masked_log_softmax(policy.logits(params, encoding, state), available)
 
 
@@ -57,14 +65,16 @@ def pointer_log_probs(
       params: its parameters.
       encoding: of the query and its pool.
       mask: [K] bool, which candidates there are.
-      pointers: [G, S] int32 actions.
+      pointers: [G, S] int32 actions; -1 after the end of a pointer, where the policy stops.
 
     Returns:
-      log_probs [G] in nats, and step_log_probs [G, S, K]: the distribution each pick was drawn
-      from. A pointer that cannot be drawn (an action repeated, masked or outside [0, K); any
-      pointer where the pool has fewer than S candidates) has log-probability `MASKED`, with a
-      gradient of 0: leave it out by the rollouts' mask.
+      log_probs [G] in nats, and step_log_probs [G, S, A]: the distribution each pick was drawn
+      from. A pointer that cannot be drawn (an action repeated, masked or outside [0, K); a pick
+      after the end; S picks where the pool has fewer candidates) has log-probability `MASKED`,
+      with a gradient of 0: leave it out by the rollouts' mask.
     """
+    pointers = as_actions(policy.stops, pointers, mask.shape[0])
+    mask = first_actions(policy.stops, mask)
     size = mask.shape[0]
 
     def read(state, available, action):
@@ -77,7 +87,7 @@ def pointer_log_probs(
         def step(carry, action):
             state, available, previous = carry
             state = policy.update(params, encoding, state, jnp.clip(previous, 0, size - 1))
-            available = remove(available, previous)
+            available = remaining(policy.stops, available, previous)
             return (state, available, action), read(state, available, action)
 
         state = policy.start(params, encoding)

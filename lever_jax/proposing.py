@@ -37,6 +37,11 @@ class Proposer:
         self._policy, self._table, self._batch = policy, table, batch
         self._compiled: dict[tuple, object] = {}
 
+    @property
+    def stops(self) -> bool:
+        """Whether pointers may end before S picks."""
+        return self._policy.stops
+
     def beam(self, params: Params, rows: np.ndarray, *, shots: int, width: int) -> Rollouts:
         """The most probable pointers found by beam search of `width`, best first; 1 is greedy."""
 
@@ -47,7 +52,7 @@ class Proposer:
         return self._run(("beam", shots, width), draw, params, jax.random.key(0), rows)
 
     def greedy(self, params: Params, rows: np.ndarray, *, shots: int) -> np.ndarray:
-        """Returns int32 [n, S] actions, the most probable candidate at each shot."""
+        """Returns int32 [n, S] actions, the most probable at each shot; -1 after the end."""
         return self.beam(params, rows, shots=shots, width=1).pointers[:, 0]
 
     def on_policy(

@@ -161,7 +161,7 @@ class ScoringService:
 def columns(records: list[ScoreRecord]) -> dict[str, np.ndarray]:
     """Scores as float32 arrays [n]: gt_prob, accuracy, similarity, confidence; NaN where unknown.
 
-    A record that failed has NaN everywhere, never 0.
+    A record that failed has NaN everywhere, never 0. `shots` is the number of demonstrations.
     """
     names = ("gt_prob", "accuracy", "accuracy_official", "similarity", "confidence")
     out = {name: np.full(len(records), np.nan, np.float32) for name in names}
@@ -172,6 +172,7 @@ def columns(records: list[ScoreRecord]) -> dict[str, np.ndarray]:
             value = getattr(record, name)
             if value is not None:
                 out[name][row] = value
+    out["shots"] = np.array([len(record.pointer) for record in records], np.float32)
     return out
 
 

@@ -28,6 +28,7 @@ def search_pools(
     label: str,
     score: str = "gt_prob",
     construction: str = "both",
+    shorter: bool = False,
     chunk: int = _CHUNK,
 ) -> list[tuple[np.ndarray, np.ndarray]]:
     """Searches the pools of some queries.
@@ -56,11 +57,14 @@ def search_pools(
       label: of the progress bar, which counts the prompts of the whole search.
       score: "gt_prob" or "gain".
       construction: "both", "left" or "right".
+      shorter: whether the pointers of all levels are wanted, not of the last alone, as a policy
+        that stops learns from; of equals the shorter comes first.
       chunk: queries in memory at a time, >= 1.
 
     Returns:
       For each query, pointers int32 [m, S] and their worth float32 [m], best first, without those
-      that could not be scored; m may be 0. A query without a g(q, ()) has no gains.
+      that could not be scored; m may be 0. Shorter pointers have -1 after their end. A query
+      without a g(q, ()) has no gains.
 
     Raises:
       InputError: an unknown score or construction.
@@ -79,7 +83,7 @@ def search_pools(
         for start in range(0, len(rows), chunk):
             part = slice(start, start + chunk)
             search = _Search(queries, rows[part], service, label, advance)
-            found += search.run(shots, beam, score, construction)
+            found += search.run(shots, beam, score, construction, shorter)
             advance(int(planned[part].sum()) - search.asked)  # Orders that two pointers share.
     return found
 
@@ -92,12 +96,13 @@ class _Search:
         self._service, self._label, self._advance = service, label, advance
         self.asked = 0
 
-    def run(self, shots, beam, score, construction):
+    def run(self, shots, beam, score, construction, shorter):
         valid = self._queries.pool_ids[self._rows] >= 0
         base = np.zeros(len(self._rows), np.float32)
         if score == "gain":
             base = self._gt_prob([np.zeros((1, 0), np.int32)] * len(self._rows))
         found = self._rank([np.flatnonzero(mask)[:, None].astype(np.int32) for mask in valid])
+        levels = [found]
         best_singles = [pointers[:beam, 0] for pointers, _ in found]
         for _ in range(2, shots + 1):
             extended = [
@@ -105,6 +110,9 @@ class _Search:
                 for (pointers, _), additions in zip(found, best_singles)
             ]
             found = self._rank(extended)
+            levels.append(found)
+        if shorter:
+            found = [_merge(own, shots) for own in zip(*levels)]
         return [
             (pointers, values - zero) if np.isfinite(zero) else (pointers[:0], values[:0])
             for (pointers, values), zero in zip(found, base)
@@ -133,6 +141,17 @@ class _Search:
         )
         self.asked += len(records)
         return columns(records)["gt_prob"]
+
+
+def _merge(levels, shots: int) -> tuple[np.ndarray, np.ndarray]:
+    """The pointers of one query of all levels [m_s, s] as one ranking [m, S]."""
+    padded = [
+        np.pad(pointers, ((0, 0), (0, shots - pointers.shape[1])), constant_values=-1)
+        for pointers, _ in levels
+    ]
+    values = np.concatenate([values for _, values in levels])
+    order = np.argsort(-values, kind="stable")
+    return np.concatenate(padded)[order], values[order]
 
 
 def extend(pointers: np.ndarray, additions: np.ndarray, construction: str) -> np.ndarray:

@@ -130,9 +130,12 @@ def init_state(params: Params, optimizer: optax.GradientTransformation) -> Train
     return TrainState(params, optimizer.init(params), jnp.zeros((), jnp.int32))
 
 
-def log_probs_of(policy: Policy, params: Params, query, pool: CandidatePool, pointers):
-    """Log-probabilities [G] and per-step distributions [G, S, K] of one query's pointers."""
-    encoding = policy.encode(params, query, pool)
+def log_probs_of(policy: Policy, params: Params, query, pool: CandidatePool, pointers, key=None):
+    """Log-probabilities [G] and per-step distributions [G, S, A] of one query's pointers.
+
+    With a key the encoding is that of a policy with dropout.
+    """
+    encoding = policy.encode(params, query, pool, *([] if key is None else [key]))
     return pointer_log_probs(policy, params, encoding, pool.mask, pointers)
 
 
@@ -151,10 +154,11 @@ def make_step(kind: str, policy: Policy, optimizer, config: LossConfig):
     """
     losses = {"supervised": _supervised, "rce": _rce, "grpo": _grpo}[kind]
 
-    def loss_fn(params, reference, table, batch):
+    def loss_fn(params, reference, table, batch, step):
         query, pool = table.read(batch.query_rows)
+        keys = _dropout_keys(kind, policy, table.query_ids[batch.query_rows], step)
         per_query = functools.partial(losses, policy, config, params, reference)
-        loss, counted, aux = jax.vmap(per_query)(query, pool, batch)
+        loss, counted, aux = jax.vmap(per_query)(query, pool, batch, keys)
         present = jnp.any(batch.mask, axis=1)
         total = mean_over_groups(loss, counted)
         metrics = {
@@ -171,13 +175,26 @@ def make_step(kind: str, policy: Policy, optimizer, config: LossConfig):
 
     @functools.partial(jax.jit, donate_argnums=0)
     def step(state: TrainState, reference: Params, table: PoolTable, batch: GroupBatch):
-        grads, metrics = jax.grad(loss_fn, has_aux=True)(state.params, reference, table, batch)
+        grads, metrics = jax.grad(loss_fn, has_aux=True)(
+            state.params, reference, table, batch, state.step
+        )
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         metrics["grad_norm"] = optax.tree.norm(grads)
         return TrainState(params, opt_state, state.step + 1), metrics
 
     return step
+
+
+def _dropout_keys(kind: str, policy: Policy, query_ids: jax.Array, step: jax.Array):
+    """A key [B] for each query of a step, or None where nothing is dropped.
+
+    GRPO never drops: its ratio compares with what sampling, which does not drop either, said.
+    """
+    if kind == "grpo" or not policy.dropout:
+        return None
+    key = jax.random.fold_in(jax.random.key(0), step)
+    return jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, query_ids)
 
 
 def _entropy(step_log_probs, mask):
@@ -187,16 +204,16 @@ def _entropy(step_log_probs, mask):
     return jnp.sum(jnp.where(mask, per_pointer, 0)) / jnp.maximum(jnp.sum(mask), 1)
 
 
-def _supervised(policy, config, params, reference, query, pool, group):
+def _supervised(policy, config, params, reference, query, pool, group, key):
     del config, reference
-    log_probs, steps = log_probs_of(policy, params, query, pool, group.pointers)
+    log_probs, steps = log_probs_of(policy, params, query, pool, group.pointers, key)
     loss, counted = supervised_loss(log_probs, weights=group.rewards, where=group.mask)
     return loss, counted, {"entropy": _entropy(steps, group.mask)}
 
 
-def _rce(policy, config, params, reference, query, pool, group):
+def _rce(policy, config, params, reference, query, pool, group, key):
     del reference
-    log_probs, steps = log_probs_of(policy, params, query, pool, group.pointers)
+    log_probs, steps = log_probs_of(policy, params, query, pool, group.pointers, key)
     loss, counted = rce_loss(
         log_probs,
         group.rewards,
@@ -207,7 +224,8 @@ def _rce(policy, config, params, reference, query, pool, group):
     return loss, counted, {"entropy": _entropy(steps, group.mask)}
 
 
-def _grpo(policy, config, params, reference, query, pool, group):
+def _grpo(policy, config, params, reference, query, pool, group, key):
+    del key
     log_probs, steps = log_probs_of(policy, params, query, pool, group.pointers)
     _, reference_steps = log_probs_of(policy, reference, query, pool, group.pointers)
     weights = None

@@ -9,7 +9,8 @@ Axes:
   D  embedding
 
 An *action* is a position in the pool, in [0, K); a *pointer* is an ordered S-tuple of different
-actions. Log-probabilities are in nats.
+actions, with -1 in its last places where a policy that can stop ended it. Log-probabilities are in
+nats.
 """
 
 from typing import NamedTuple
@@ -35,11 +36,12 @@ class Rollouts(NamedTuple):
     """Pointers drawn for one query.
 
     Attributes:
-      pointers: [G, S] int32 actions; all -1 where the mask is false.
+      pointers: [G, S] int32 actions, -1 after the end; all -1 where the mask is false.
       log_probs: [G] float32, log-probability under the distribution that drew the pointer (see
         each sampler). `policy.pointer_log_probs` gives the policy's own for any pointer.
       sources: [G] int32, index into `SOURCES`.
-      mask: [G] bool, which rows are pointers. All false where the pool has fewer than S candidates.
+      mask: [G] bool, which rows are pointers. All false where the pool has fewer than S candidates
+        (none, for a policy that stops).
     """
 
     pointers: jax.Array

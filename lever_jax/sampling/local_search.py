@@ -7,6 +7,7 @@ the policy believes, so a few evaluations around the best ones find what the pol
 import jax
 import jax.numpy as jnp
 
+from lever_jax.actions import can_point
 from lever_jax.masking import gumbel, masked_top_k
 from lever_jax.policy import Encoding, Params, Policy, pointer_log_probs
 from lever_jax.sampling.mixture import distinct
@@ -40,8 +41,9 @@ def local_search(
     """New pointers near the best scored ones, best parents first.
 
     A mutant is its parent with one pick replaced (half of them; by a pick of another of the best
-    pointers, or by any candidate), two picks swapped, or all picks in another order. What
-    duplicates leave open is filled with random pointers.
+    pointers, or by any candidate), two picks swapped, or all picks in another order. Where the
+    policy stops, a quarter has a pick more at its end, or one less. What duplicates leave open is
+    filled with random pointers.
 
     Args:
       policy: the four functions.
@@ -61,18 +63,20 @@ def local_search(
     key, spare_key = jax.random.split(key)
     known = scored.mask & jnp.isfinite(scores)
     _, best, found = masked_top_k(scores, known, FALLBACK)
-    parents = jnp.maximum(scored.pointers[best], 0)
+    parents = jnp.where(found[:, None], scored.pointers[best], 0)
 
     def one_mutant(row):
         among = found & (jnp.arange(FALLBACK) < jnp.where(row < TRIES * num, PARENTS, FALLBACK))
         parent = row % jnp.maximum(jnp.sum(among), 1)
-        return _mutate(jax.random.fold_in(key, row), parents, among, parent, mask)
+        mutate = _mutate_any_length if policy.stops else _mutate
+        return mutate(jax.random.fold_in(key, row), parents, among, parent, mask)
 
     mutants = jax.vmap(one_mutant)(jnp.arange(2 * TRIES * num))
-    possible = jnp.any(found) & (jnp.sum(mask) >= shots)
+    possible = jnp.any(found) & can_point(policy.stops, mask, shots)
     mutants = as_rollouts(mutants, 0.0, source_index("local_search"), possible)
     # So many different ones that `num` are left if all that were scored are among them.
-    spare = sample_uniform_distinct(spare_key, mask, num=num + len(scored.mask), shots=shots)
+    rows = {"num": num + len(scored.mask), "shots": shots, "shorter": policy.stops}
+    spare = sample_uniform_distinct(spare_key, mask, **rows)
     drawn = jax.tree.map(lambda *xs: jnp.concatenate(xs), mutants, spare)
     drawn = distinct(drawn, num, besides=scored)
     own, _ = pointer_log_probs(policy, params, encoding, mask, drawn.pointers)
@@ -84,15 +88,8 @@ def _mutate(key, parents, found, row, mask):
     """A neighbour [S] of parent `row` of parents [P, S], of which `found` [P] say which count."""
     parent, shots = parents[row], parents.shape[1]
     how, place, donor, order = jax.random.split(key, 4)
-    used = jnp.zeros(mask.shape, bool).at[parent].set(True)
-    # A pick of the other parents, if any is new to this one; else any candidate that is.
-    held = jnp.zeros(mask.shape, jnp.int32).at[parents].add(found[:, None].astype(jnp.int32)) > 0
-    free = mask & ~used
-    shared = free & held
     how = jax.random.uniform(how, (2,))
-    among = jnp.where(jnp.any(shared) & (how[1] < 0.5), shared, free)
-    noise = gumbel(donor, 1, mask.shape[0])[0]
-    fresh = jnp.argmax(jnp.where(among, noise, -jnp.inf)).astype(jnp.int32)
+    fresh, free = _new_pick(donor, parents, found, parent, mask, how[1] < 0.5)
     place = jax.random.randint(place, (), 0, shots)
     replaced = parent.at[place].set(fresh)
     if shots == 1:
@@ -100,4 +97,43 @@ def _mutate(key, parents, found, row, mask):
     turned = jax.random.permutation(order, shots)
     swapped = parent.at[turned[:2]].set(parent[turned[1::-1]])
     moved = jnp.where(how[0] < 0.75, swapped, parent[turned])
-    return jnp.where((how[0] < 0.5) & jnp.any(free), replaced, moved)
+    return jnp.where((how[0] < 0.5) & free, replaced, moved)
+
+
+def _mutate_any_length(key, parents, found, row, mask):
+    """As `_mutate`, of parents with -1 after their end; their length may change by one, too."""
+    parent, places = parents[row], jnp.arange(parents.shape[1])
+    length, shots = jnp.sum(parent >= 0), len(places)
+    how, place, donor, order = jax.random.split(key, 4)
+    how = jax.random.uniform(how, (3,))
+    fresh, free = _new_pick(donor, parents, found, parent, mask, how[1] < 0.5)
+    place = jax.random.randint(place, (), 0, jnp.maximum(length, 1))
+    replaced = parent.at[place].set(fresh)
+    longer = jnp.where(places == length, fresh, parent)
+    shorter = jnp.where(places < place, parent, jnp.append(parent[1:], -1))
+    can_grow, can_shrink = (length < shots) & free, length > 1
+    grow = can_grow & ((how[2] < 0.5) | ~can_shrink)
+    resized = jnp.where(grow, longer, jnp.where(can_shrink, shorter, parent))
+    if shots == 1:
+        return replaced
+    turned = jnp.argsort(jnp.where(places < length, jax.random.uniform(order, (shots,)), 2.0))
+    swapped = parent.at[turned[:2]].set(parent[turned[1::-1]])
+    moved = jnp.where(how[2] < 0.5, swapped, parent[turned])
+    moved = jnp.where((how[0] < 0.75) | (length < 2), resized, moved)
+    return jnp.where((how[0] < 0.5) & free, replaced, moved)
+
+
+def _new_pick(key, parents, found, parent, mask, shared):
+    """A candidate that `parent` [S] has not, and whether there is one.
+
+    If `shared`, one that another of the parents [P, S] holds, as far as any is new to this one.
+    """
+    place = lambda pointers: jnp.where(pointers < 0, mask.shape[0], pointers)  # noqa: E731
+    used = jnp.zeros(mask.shape, bool).at[place(parent)].set(True, mode="drop")
+    count = jnp.zeros(mask.shape, jnp.int32)
+    held = count.at[place(parents)].add(found[:, None].astype(jnp.int32), mode="drop") > 0
+    free = mask & ~used
+    among = jnp.where(jnp.any(free & held) & shared, free & held, free)
+    noise = gumbel(key, 1, mask.shape[0])[0]
+    fresh = jnp.argmax(jnp.where(among, noise, -jnp.inf)).astype(jnp.int32)
+    return fresh, jnp.any(free)

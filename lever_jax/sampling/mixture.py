@@ -68,7 +68,7 @@ def sample_mixture(
         if name == "retrieval":
             return similarity_order(mask, **rows)
         if name == "random":
-            return sample_uniform_distinct(key_of_source, mask, **rows)
+            return sample_uniform_distinct(key_of_source, mask, **rows, shorter=policy.stops)
         if name == "sbs":
             drawn = stochastic_beam_search(policy, params, key_of_source, encoding, mask, **rows)
             return drawn.rollouts
@@ -80,7 +80,9 @@ def sample_mixture(
     drawn = [draw(name, count) for name, count in quotas.items() if count]
     # `num` different pointers are enough to fill any group, however many of them it already holds.
     spare_key = jax.random.fold_in(key, len(SOURCES))
-    drawn.append(sample_uniform_distinct(spare_key, mask, num=num, shots=shots))
+    drawn.append(
+        sample_uniform_distinct(spare_key, mask, num=num, shots=shots, shorter=policy.stops)
+    )
     return distinct(jax.tree.map(lambda *xs: jnp.concatenate(xs), *drawn), num)
 
 

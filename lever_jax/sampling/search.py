@@ -1,12 +1,14 @@
 """The search that beam search and stochastic beam search share: grow, score, keep the best."""
 
+import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from lever_jax.masking import MASKED, masked_top_k, remove
+from lever_jax.actions import as_pointers, first_actions, remaining
+from lever_jax.masking import MASKED, masked_top_k
 from lever_jax.policy import Encoding, Params, Policy, State, step_log_probs
 
 Score = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
@@ -16,7 +18,7 @@ class Found(NamedTuple):
     """The pointers that a search kept, best first.
 
     Attributes:
-      pointers: [W, S] int32 actions.
+      pointers: [W, S] int32 actions, -1 after the end.
       log_probs: [W] under the policy.
       scores: [W] what the search ranked them by.
       mask: [W] bool, which rows are pointers.
@@ -32,7 +34,7 @@ class _Beams(NamedTuple):
     """Prefixes of one length: n of them, n = 1 before the first pick and W after."""
 
     pointers: jax.Array  # [n, S]
-    available: jax.Array  # [n, K]
+    available: jax.Array  # [n, A]
     state: State  # leaves [n, ...]; before the last action of the prefix
     log_probs: jax.Array  # [n]
     scores: jax.Array  # [n]
@@ -61,19 +63,21 @@ def search(
       mask: [K] bool, which candidates there are.
       width: W, how many prefixes are kept.
       shots: S.
-      score: (key, log_probs [n, K] of the continuations of n prefixes, scores [n] of these) ->
-        scores [n, K] of the continuations.
+      score: (key, log_probs [n, A] of the continuations of n prefixes, scores [n] of these) ->
+        scores [n, A] of the continuations.
       root_score: score of the empty prefix.
 
     Returns:
       The pointers found [W], best first; equals in the order of their prefixes, then of the pool.
     """
+    candidates, mask = mask.shape[0], first_actions(policy.stops, mask)
     size = mask.shape[0]
+    after = functools.partial(remaining, policy.stops)
 
     def grow(beams, key, shot):
         step = jax.vmap(step_log_probs, in_axes=(None, None, None, 0, 0))
         log_probs = step(policy, params, encoding, beams.state, beams.available)
-        log_probs = beams.log_probs[:, None] + log_probs  # [n, K]
+        log_probs = beams.log_probs[:, None] + log_probs  # [n, A]
         scores = score(key, log_probs, beams.scores)
         possible = beams.mask[:, None] & beams.available
         scores, best, found = masked_top_k(scores.reshape(-1), possible.reshape(-1), width)
@@ -91,7 +95,7 @@ def search(
         update = jax.vmap(policy.update, in_axes=(None, None, 0, 0))
         return beams._replace(
             state=update(params, encoding, beams.state, action),
-            available=jax.vmap(remove)(beams.available, action),
+            available=jax.vmap(after)(beams.available, action),
         )
 
     def step(beams, key_and_shot):
@@ -111,4 +115,5 @@ def search(
     # The first pick stands outside the scan: it has one prefix to grow, not W.
     beams = grow(root, keys[0], 0)
     beams, _ = jax.lax.scan(step, beams, (keys[1:], jnp.arange(1, shots)))
-    return Found(beams.pointers, beams.log_probs, beams.scores, beams.mask)
+    pointers = as_pointers(policy.stops, beams.pointers, candidates)
+    return Found(pointers, beams.log_probs, beams.scores, beams.mask)

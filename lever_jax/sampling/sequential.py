@@ -9,7 +9,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from lever_jax.masking import gumbel, remove
+from lever_jax.actions import action_noise, as_pointers, can_point, first_actions, remaining
 from lever_jax.policy import Encoding, Params, Policy
 from lever_jax.sampling.rollouts import as_rollouts
 from lever_jax.types import Rollouts
@@ -39,12 +39,14 @@ def draw_sequentially(
       mask: [K] bool, which candidates there are.
       num: G, how many pointers.
       shots: S.
-      behaviour: (logits [K], available [K] bool) -> log-probabilities [K] of the next pick.
+      behaviour: (logits [A], available [A] bool) -> log-probabilities [A] of the next pick.
       source: index into `SOURCES`.
 
     Returns:
       Rollouts [num]; log_probs are the behaviour's.
     """
+    candidates, possible = mask.shape[0], can_point(policy.stops, mask, shots)
+    mask = first_actions(policy.stops, mask)
 
     def pick(noise, state, available):
         log_probs = behaviour(policy.logits(params, encoding, state), available)
@@ -53,12 +55,12 @@ def draw_sequentially(
         return action, log_probs[action]
 
     def one_pointer(key):
-        noise = gumbel(key, shots, mask.shape[0])
+        noise = action_noise(policy.stops, key, shots, mask.shape[0])
 
         def step(carry, noise):
             state, available, previous = carry
             state = policy.update(params, encoding, state, previous)
-            available = remove(available, previous)
+            available = remaining(policy.stops, available, previous)
             action, log_prob = pick(noise, state, available)
             return (state, available, action), (action, log_prob)
 
@@ -70,4 +72,5 @@ def draw_sequentially(
 
     keys = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, jnp.arange(num))
     pointers, log_probs = jax.vmap(one_pointer)(keys)
-    return as_rollouts(pointers, log_probs, source, jnp.sum(mask) >= shots)
+    pointers = as_pointers(policy.stops, pointers, candidates)
+    return as_rollouts(pointers, log_probs, source, possible)

@@ -32,7 +32,9 @@ def sample_uniform(key: jax.Array, mask: jax.Array, *, num: int, shots: int) -> 
     return _as_uniform(pointers, mask, jnp.sum(mask) >= shots)
 
 
-def sample_uniform_distinct(key: jax.Array, mask: jax.Array, *, num: int, shots: int) -> Rollouts:
+def sample_uniform_distinct(
+    key: jax.Array, mask: jax.Array, *, num: int, shots: int, shorter: bool = False
+) -> Rollouts:
     """Pointers that are all different, each equally probable on its own.
 
     Row i is the number i in the mixed base n, n-1, ..., n-S+1, read as positions among the
@@ -45,10 +47,15 @@ def sample_uniform_distinct(key: jax.Array, mask: jax.Array, *, num: int, shots:
       mask: [K] bool, which candidates there are.
       num: G, how many pointers.
       shots: S.
+      shorter: whether pointers may end early, as those of a policy that stops: then lengths S to 1
+        come in turn, as far as the pool goes, so that short pointers are not lost among the many
+        long ones. log_probs are those of a uniform length and a uniform pointer of it.
 
     Returns:
       Rollouts [num], as `sample_uniform`; the mask is false on the rows past the last pointer.
     """
+    if shorter:
+        return _of_all_lengths(key, mask, num, shots)
     fractions = jax.random.uniform(key, (num, shots))
 
     def one_pointer(number):
@@ -68,6 +75,22 @@ def sample_uniform_distinct(key: jax.Array, mask: jax.Array, *, num: int, shots:
 
     pointers, exists = jax.vmap(one_pointer)(jnp.arange(num, dtype=jnp.int32))
     return _as_uniform(pointers, mask, exists & (jnp.sum(mask) >= shots))
+
+
+def _of_all_lengths(key, mask, num, shots):
+    drawn = []
+    for length in range(shots, 0, -1):
+        own = jax.random.fold_in(key, length)
+        found = sample_uniform_distinct(own, mask, num=num, shots=length)
+        blank = ((0, 0), (0, shots - length))
+        drawn.append(found._replace(pointers=jnp.pad(found.pointers, blank, constant_values=-1)))
+    turns = jax.tree.map(lambda *xs: jnp.stack(xs, axis=1), *drawn)  # [num, S, ...]
+    turns = jax.tree.map(lambda x: x.reshape(num * shots, *x.shape[2:]), turns)
+    order = jnp.argsort(~turns.mask, stable=True)[:num]
+    turns = jax.tree.map(lambda x: x[order], turns)
+    lengths = jnp.clip(jnp.sum(mask), 1, shots).astype(jnp.float32)
+    log_probs = jnp.where(turns.mask, turns.log_probs - jnp.log(lengths), turns.log_probs)
+    return turns._replace(log_probs=log_probs)
 
 
 def _part(fraction: jax.Array, count: jax.Array) -> jax.Array:

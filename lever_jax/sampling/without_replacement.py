@@ -6,11 +6,13 @@ beam search finds that sample without ever listing all pointers. No VLM call is 
 twice, and inclusion probabilities correct for it.
 """
 
+import functools
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
+from lever_jax.actions import action_noise
 from lever_jax.masking import gumbel, is_masked
 from lever_jax.policy import Encoding, Params, Policy
 from lever_jax.sampling.rollouts import as_rollouts
@@ -70,7 +72,7 @@ def stochastic_beam_search(
         mask,
         width=num + 1,
         shots=shots,
-        score=_perturb,
+        score=functools.partial(_perturb, policy.stops),
         root_score=gumbel(root_key, 1, 1)[0, 0],
     )
     rollouts = as_rollouts(found.pointers, found.log_probs, source_index("sbs"), found.mask)
@@ -98,9 +100,10 @@ def inclusion_log_probs(log_probs: jax.Array, threshold: jax.Array) -> jax.Array
     return jnp.where(gap < -15.0, gap, inclusion)
 
 
-def _perturb(key: jax.Array, log_probs: jax.Array, largest: jax.Array) -> jax.Array:
-    """Gumbels around log_probs [n, K], given that the maximum of each row is `largest` [n]."""
-    noisy = jnp.where(is_masked(log_probs), -jnp.inf, log_probs + gumbel(key, *log_probs.shape))
+def _perturb(stops: bool, key: jax.Array, log_probs: jax.Array, largest: jax.Array) -> jax.Array:
+    """Gumbels around log_probs [n, A], given that the maximum of each row is `largest` [n]."""
+    noise = action_noise(stops, key, *log_probs.shape)
+    noisy = jnp.where(is_masked(log_probs), -jnp.inf, log_probs + noise)
     highest = jnp.max(noisy, axis=-1, keepdims=True)
     highest = jnp.where(jnp.isfinite(highest), highest, 0.0)
     # -log(exp(-largest) - exp(-highest) + exp(-noisy)), as appendix B.3 of the paper has it.

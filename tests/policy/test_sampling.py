@@ -1,11 +1,11 @@
 import itertools
 import math
-from collections import Counter
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from enumeration import counts, fits, nucleus_by_hand, rows_of
 from scipy import stats
 
 from lever_jax import sampling
@@ -29,40 +29,6 @@ def draw(sampler, table, params, mask, key=None, **options):
         table.policy, None, encoding=params, mask=mask, **keys, **options
     )
     return jax.jit(run)(jnp.asarray(params), mask, keys)
-
-
-def fits(observed, expected):
-    """Chi-square p-value of counts against probabilities, both dicts over the same pointers.
-
-    Cells expecting fewer than 5 are joined, as the test wants.
-    """
-    total = sum(observed.values())
-    assert set(observed) <= {pointer for pointer, p in expected.items() if p > 0}
-    np.testing.assert_allclose(sum(expected.values()), 1.0, rtol=1e-6)
-    cells = sorted((total * p, observed.get(pointer, 0)) for pointer, p in expected.items())
-    rare = [cell for cell in cells if cell[0] < 5]
-    cells = [cell for cell in cells if cell[0] >= 5]
-    if rare:
-        cells.append(tuple(sum(column) for column in zip(*rare)))
-    wanted, seen = (np.array(column, float) for column in zip(*cells))
-    statistic = np.sum((seen - wanted) ** 2 / np.maximum(wanted, 1e-9))
-    return stats.chi2.sf(statistic, max(len(cells) - 1, 1))
-
-
-def counts(pointers):
-    return Counter(map(tuple, np.asarray(pointers).tolist()))
-
-
-def nucleus_by_hand(p):
-    """Logits outside the nucleus become -inf; written with a sorted loop."""
-
-    def adjust(logits):
-        probabilities = np.exp(logits - logits.max())
-        probabilities /= probabilities.sum()
-        inside = [sum(q for q in probabilities if q > mine) < p for mine in probabilities]
-        return np.where(inside, logits, -np.inf)
-
-    return adjust
 
 
 SEQUENTIAL = {
@@ -108,19 +74,13 @@ def check_uniform(table, sampler, draws, num):
     run = lambda key, mask: sampler(key, mask, num=num, shots=2)  # noqa: E731
     run = jax.jit(jax.vmap(jax.vmap(run, in_axes=(0, None)), in_axes=(0, 0)))
     keys = jax.random.split(jax.random.key(1), (len(MASKS), draws // num))
-    for mask, rollouts in zip(masks, _rows(run(keys, masks))):
+    for mask, rollouts in zip(masks, rows_of(run(keys, masks))):
         expected = table.enumerate(np.zeros((2, 7, 6)), np.asarray(mask))
         found = rollouts.mask
         assert fits(counts(rollouts.pointers[found]), expected) > 0.001
         last = rollouts.pointers[:, -1][found[:, -1]]  # each row on its own, too
         assert fits(counts(last), expected) > 0.001
         np.testing.assert_allclose(rollouts.log_probs[found], -math.log(len(expected)), rtol=1e-6)
-
-
-def _rows(tree):
-    """A batch of arrays [B, ...], as NumPy, query by query."""
-    tree = jax.tree.map(np.asarray, tree)
-    return [jax.tree.map(lambda x: x[row], tree) for row in range(len(jax.tree.leaves(tree)[0]))]  # noqa: B023
 
 
 UNIFORM = ["sample_uniform", "sample_uniform_distinct"]
@@ -156,7 +116,7 @@ def check_stochastic_beam(table, draws):
     )
     run = jax.jit(jax.vmap(jax.vmap(run, in_axes=(0, None)), in_axes=(0, 0)))
     keys = jax.random.split(jax.random.key(2), (len(MASKS), draws))
-    for mask, drawn in zip(masks, _rows(run(keys, masks))):
+    for mask, drawn in zip(masks, rows_of(run(keys, masks))):
         p = table.enumerate(params, np.asarray(mask))
         rollouts = drawn.rollouts
         # Where there are but two pointers, the second is what the first leaves.
@@ -230,7 +190,7 @@ def test_beams_for_every_prefix_are_exact(table, shots):
     run = lambda mask: sampling.beam_search(  # noqa: E731
         table.policy, None, jnp.asarray(params), mask, num=130, shots=shots
     )
-    for mask, rollouts in zip(masks, _rows(jax.jit(jax.vmap(run))(masks))):
+    for mask, rollouts in zip(masks, rows_of(jax.jit(jax.vmap(run))(masks))):
         expected = table.enumerate(params, np.asarray(mask))
         ordered = sorted(expected, key=expected.get, reverse=True)
         np.testing.assert_array_equal(rollouts.mask, np.arange(130) < len(expected))
