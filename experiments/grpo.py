@@ -249,13 +249,13 @@ class _Rounds:
     def _updates(self, judged: _Judged) -> list[dict[str, float]]:
         """Passes over the groups of a round; returns the metrics of each step."""
         number, groups, common = judged
-        # Of one size, whatever a round leaves out, so that all rounds share one program.
+        # Whatever a round leaves out, all rounds share one program.
         batches = Batches(
             groups,
             self._batch_size,
             pieces=settings.ACCUMULATE.value,
             devices=device_count(self._session.mesh),
-            buckets=(settings.GROUP_SIZE.value,),
+            one_size=True,
         )
         metrics, at = [], int(self.state.step)
         for update in range(settings.GRPO_UPDATES.value):

@@ -7,7 +7,7 @@ group. So small groups are not padded to the largest of all, which groups share 
 depend on their sizes, and the step is that of the whole batch, up to rounding.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
 import jax
 import numpy as np
@@ -34,13 +34,13 @@ class Batches:
     after it.
 
     Args:
-      groups: NumPy arrays; G is the largest group.
+      groups: NumPy arrays.
       size: B, groups of a step.
       pieces: N, in how many pieces a step is computed; 0 takes the least of `CHOICES` with which
-        at most `MOST_PADDING` of the pointers are padding, or else the best.
+        at most `MOST_PADDING` of the pointers are padding, or else the best. Where one size G for
+        all wastes no more than that, there is one.
       devices: the groups of a piece are padded to a multiple of it.
-      buckets: sizes that a group may be padded to; the largest holds every group. By default
-        `bucket_sizes`.
+      one_size: whether all are padded to the G of `groups` whatever that wastes.
     """
 
     def __init__(
@@ -50,17 +50,18 @@ class Batches:
         *,
         pieces: int = 0,
         devices: int = 1,
-        buckets: Sequence[int] | None = None,
+        one_size: bool = False,
     ):
         self._groups, self._size, self._devices = groups, size, devices
         width = groups.mask.shape[1]
-        self._buckets = np.array(sorted(bucket_sizes(width) if buckets is None else buckets))
         # How much of a group must be kept: members stand first, but nothing relies on that.
         self._extents = np.where(groups.mask, np.arange(1, width + 1), 0).max(axis=1, initial=0)
-        if self._extents.max(initial=0) > self._buckets[-1]:
-            raise ValueError(f"buckets {self._buckets} hold no group of {self._extents.max()}")
-        self._first = True
-        self.pieces = pieces or self._choose()
+        self._first, self._buckets = True, np.array([width])
+        if one_size or self.padding(1) <= MOST_PADDING:
+            self.pieces = pieces or 1
+        else:
+            self._buckets = np.array(bucket_sizes(width))
+            self.pieces = pieces or self._choose()
 
     def __len__(self) -> int:
         """Steps of an epoch."""
