@@ -123,15 +123,37 @@ def test_flat_groups_are_dropped_and_counted(make_world):
         assert float(metrics["flat_share"]) == pytest.approx(9 / 12)
 
 
-def test_donation_leaves_the_starting_parameters_alone(make_world):
+def test_donation_deletes_the_old_state_and_leaves_the_starting_parameters_alone(make_world):
     world = make_world()
     groups = with_behaviour(world, world.params, random_groups(world))
     optimizer = make_optimizer(1e-3, steps=10)
     step = make_step("grpo", world.policy, optimizer, LossConfig())
     state = init_state(world.params, optimizer)
-    for _ in range(2):
-        state, _ = step(state, world.params, world.queries.table, groups)
+    for batch in (groups, groups, [groups, groups]):
+        old = state
+        state, _ = step(state, world.params, world.queries.table, batch)
+        assert all(x.is_deleted() for x in jax.tree.leaves((old.params, old.opt_state)))
     assert all(np.isfinite(np.asarray(x)).all() for x in jax.tree.leaves(world.params))
+
+
+def test_the_average_is_that_of_all_steps_with_decaying_weights(make_world):
+    world = make_world()
+    groups = random_groups(world)
+    optimizer = make_optimizer(1e-2, steps=5)
+    step = make_step("rce", world.policy, optimizer, LossConfig(), ema=0.8)
+    averaged = init_state(world.params, optimizer, averaged=True)
+    plain, seen = init_state(world.params, optimizer), []
+    for _ in range(4):
+        averaged, _ = step(averaged, world.params, world.queries.table, groups)
+        plain, _ = step(plain, world.params, world.queries.table, groups)
+        seen.append(jax.tree.map(np.array, plain.params))
+        for a, b in zip(jax.tree.leaves(averaged.params), jax.tree.leaves(plain.params)):
+            np.testing.assert_allclose(a, b, atol=1e-6)  # the average trains nothing
+    weights = 0.8 ** np.arange(4)[::-1]
+    wanted = jax.tree.map(lambda *x: np.average(x, axis=0, weights=weights), *seen)
+    for a, b in zip(jax.tree.leaves(averaged.evaluated), jax.tree.leaves(wanted)):
+        np.testing.assert_allclose(a, b, atol=1e-6)
+    assert plain.evaluated is plain.params
 
 
 def test_a_phase_compiles_once(make_world):
