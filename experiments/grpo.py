@@ -95,7 +95,9 @@ def _overlapped(rounds: "_Rounds") -> None:
         return
 
     def meanwhile(judged: _Judged | None, following: int) -> _Drawn | None:
-        if judged is not None:
+        if judged is None:
+            rounds.compile()
+        else:
             rounds.train(judged)
         return rounds.draw_ahead(following) if following < len(rounds) else None
 
@@ -218,6 +220,27 @@ class _Rounds:
         )
         self._watch(rows)
 
+    def compile(self) -> None:
+        """Compiles what `train` needs, on groups that are thrown away."""
+        size, group = self._batch_size, settings.GROUP_SIZE.value
+        shape = (size, group)
+        zeros, inclusion = np.zeros(shape, np.float32), None
+        if settings.DRAWS.value != "iid":
+            inclusion = zeros
+        groups = GroupBatch(
+            np.zeros(size, np.int32),
+            np.zeros((*shape, self._shots), np.int32),
+            zeros,
+            zeros,
+            np.ones(shape, bool),
+            inclusion,
+        )
+        with self._shares.jax_busy():
+            (batch,) = self._batches(groups).epoch((0,))
+            self._log_probs(self._behaviour, self._table, batch[0])
+            state = jax.tree.map(jax.numpy.array, self.state)
+            jax.block_until_ready(self._step(state, self._reference, self._table, batch))
+
     def summarise(self) -> None:
         """Prints how long each side waited for the other, and what was compiled again."""
         if self._warm is not None:
@@ -249,14 +272,7 @@ class _Rounds:
     def _updates(self, judged: _Judged) -> list[dict[str, float]]:
         """Passes over the groups of a round; returns the metrics of each step."""
         number, groups, common = judged
-        # Whatever a round leaves out, all rounds share one program.
-        batches = Batches(
-            groups,
-            self._batch_size,
-            pieces=settings.ACCUMULATE.value,
-            devices=device_count(self._session.mesh),
-            one_size=True,
-        )
+        batches = self._batches(groups)
         metrics, at = [], int(self.state.step)
         for update in range(settings.GRPO_UPDATES.value):
             for batch in batches.epoch((settings.SEED.value, number, update)):
@@ -269,6 +285,15 @@ class _Rounds:
             {"step": step, **self._log.write("grpo", self._recipe, step, {**own, **common})}
             for step, own in enumerate(jax.device_get(metrics), start=at + 1)
         ]
+
+    def _batches(self, groups: GroupBatch) -> Batches:
+        return Batches(
+            groups,
+            self._batch_size,
+            pieces=settings.ACCUMULATE.value,
+            devices=device_count(self._session.mesh),
+            one_size=True,  # Whatever a round leaves out, all share one program.
+        )
 
     def _behaviour_error(self, batch: GroupBatch) -> float:
         """How far the losses' log-probabilities are from those that the pointers were drawn with.
