@@ -2,16 +2,20 @@
 
 import contextlib
 import dataclasses
+import functools
 import logging
 import pathlib
 from collections.abc import Iterator
 
+import jax
 import numpy as np
 
 from experiments import configs, settings
 from experiments.progress import bar, note
 from lever_jax.errors import InputError
+from lever_jax.parallel import make_mesh
 from lever_jax.pooled import Embedded, PooledQueries, pool_queries
+from lever_jax.proposing import Proposer
 from lever_jax.scoring import ScoringService
 from lever_jax.selector import make_selector
 from lever_jax.store import Store
@@ -41,6 +45,7 @@ class Session:
       policy: the selector.
       identity: what decides scores: fingerprints of model, prompts, generation, data, metric.
       encoder: what decides embeddings, and so pools; scores do not depend on it.
+      mesh: local devices that share the selector's work; None where one does it.
     """
 
     workdir: pathlib.Path
@@ -54,6 +59,17 @@ class Session:
     policy: object
     identity: dict[str, str]
     encoder: str
+    mesh: jax.sharding.Mesh | None
+
+    @functools.cached_property
+    def train_proposer(self) -> Proposer:
+        """Samplers over the training queries; one, so that each is compiled once a run."""
+        return Proposer(self.policy, self.train.table, mesh=self.mesh)
+
+    @functools.cached_property
+    def eval_proposer(self) -> Proposer:
+        """Samplers over the evaluation queries."""
+        return Proposer(self.policy, self.eval.table, mesh=self.mesh)
 
     @property
     def store(self) -> Store:
@@ -134,6 +150,7 @@ def open_session(workdir: pathlib.Path) -> Iterator[Session]:
             policy,
             identity,
             hello["encoder"],
+            make_mesh(settings.DATA_PARALLEL.value),
         )
 
 

@@ -27,7 +27,6 @@ from lever_jax.store import Proposals, ScoreRecord, Store
 from lever_jax.training import GroupBatch
 from lever_jax.types import SOURCES, Rollouts
 
-VERIFY = ("all", "top_m")
 LOCAL_SEARCH = "local_search"
 """The source whose quota is proposed in a second step, around the best of the first."""
 
@@ -390,78 +389,3 @@ def positions_in_pool(
 def _mined(stage, queries, store) -> tuple[Proposals, list[ScoreRecord]]:
     mined = store.get_proposals(stage, queries.query_ids)
     return mined, store.get_scores(mined.query_ids, mined.pointers)
-
-
-def on_policy_round(
-    queries: PooledQueries,
-    rows: np.ndarray,
-    proposer: Proposer,
-    params,
-    key: jax.Array,
-    service: ScoringService,
-    reward: RewardConfig,
-    *,
-    shots: int,
-    group_size: int,
-    verify: str,
-    config: MiningConfig,
-    label: str,
-    draws: str = "iid",
-) -> tuple[GroupBatch, dict[str, np.ndarray]]:
-    """Draws a group a query from the policy and has the VLM judge it, through both stages.
-
-    Args:
-      queries: with their pools.
-      rows: int [n] which of them.
-      proposer: draws pointers.
-      params: of the policy; the one that will be trained.
-      key: of the round.
-      service: scores and answers, through the store.
-      reward: how scores become rewards.
-      shots: S.
-      group_size: G, draws a query; equal i.i.d. draws are scored once and count twice.
-      verify: `all` answers every pointer; `top_m` only the best and the lowest ones, and leaves
-        the rest out of the group, which biases the gradient.
-      config: `verify_best` and `verify_low` for `top_m`.
-      label: of the progress bar.
-      draws: `iid`, or without replacement (`training.DRAWS`), which wants verify="all".
-
-    Returns:
-      Groups [n, G], and the scores of the draws, flat.
-
-    Raises:
-      InputError: an unknown `verify`, or one that does not go with `draws`.
-    """
-    if verify not in VERIFY:
-        raise InputError(f"--verify={verify} is not one of {', '.join(VERIFY)}")
-    if draws != "iid" and verify != "all":
-        raise InputError(
-            f"--draws={draws} weighs every pointer by its probability of being drawn; with "
-            f"--verify={verify} some are left out by their score. Use --verify=all or --draws=iid"
-        )
-    options, inclusion = {"shots": shots, "num": group_size}, None
-    if draws == "iid":
-        drawn = proposer.on_policy(params, key, rows, **options)
-    else:
-        drawn, inclusion = proposer.without_replacement(params, key, rows, **options)
-    group, place = np.nonzero(drawn.mask)
-    inclusion = None if inclusion is None else inclusion[group, place]
-    owner = np.asarray(rows)[group]
-    ids = queries.demo_ids(owner, drawn.pointers[group, place])
-    owner_ids = queries.query_ids[owner]
-    if verify == "top_m":
-        gt_prob = columns(service.score(owner_ids, ids, label=label))["gt_prob"]
-        chosen = choose(group, gt_prob, config.verify_best, config.verify_low)
-        owner_ids, ids, group, place = (x[chosen] for x in (owner_ids, ids, group, place))
-    scores = columns(service.verify(owner_ids, ids, label=label))
-    rewards = reward.of(scores)
-    batch = group_batch(
-        queries,
-        owner_ids,
-        ids,
-        rewards,
-        drawn.log_probs[group, place],
-        size=group_size,
-        inclusion_log_probs=inclusion,
-    )
-    return batch, {**scores, "reward": rewards}

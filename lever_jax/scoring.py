@@ -126,7 +126,11 @@ class ScoringService:
                 advance(len(rows))
 
             self._environment.answer(query_ids[fresh], pointers[fresh], on_batch=land)
-        return self.store.get_scores(query_ids, pointers)
+        # The VLM waits while this is read: what was known already is not read again.
+        answered = self.store.get_scores(query_ids[open_], pointers[open_])
+        for row, record in zip(open_, answered):
+            records[row] = record
+        return records
 
     def _put_scores(self, query_ids, pointers, batch) -> None:
         records = []
