@@ -36,6 +36,8 @@ TABLES: dict[str, tuple[tuple[str, ...], int]] = {
         2,
     ),
     "proposals": (("id", "stage", "query_id", "pointer", "source", "log_prob", "kept"), 4),
+    "superseded": (("query_id", "pointer", "verb", "number", "failure"), 4),
+    "jobs": (("key", "verb", "state", "attempts", "size", "owner", "prompts", "reason"), 1),
 }
 
 _VERSION_1 = (
@@ -58,8 +60,45 @@ _VERSION_1 = (
     " kept INTEGER, checksum BLOB NOT NULL, UNIQUE (stage, query_id, pointer))",
 )
 
+# The ledger of jobs, and what a failure said before a later attempt took its place. The indexes
+# hold what is rare, so that nothing has to scan the large tables for it.
+_VERSION_2 = (
+    "CREATE TABLE superseded (query_id INTEGER NOT NULL, pointer BLOB NOT NULL,"
+    " verb TEXT NOT NULL, number INTEGER NOT NULL, failure TEXT NOT NULL, checksum BLOB NOT NULL,"
+    " PRIMARY KEY (query_id, pointer, verb, number)) WITHOUT ROWID",
+    "CREATE TABLE jobs (key BLOB PRIMARY KEY, verb TEXT NOT NULL, state TEXT NOT NULL,"
+    " attempts INTEGER NOT NULL, size INTEGER NOT NULL, owner TEXT, prompts BLOB, reason TEXT,"
+    " checksum BLOB NOT NULL) WITHOUT ROWID",
+    "CREATE INDEX open_jobs ON jobs (state) WHERE state IN ('todo', 'leased')",
+    "CREATE INDEX failed_scores ON scores (failure) WHERE failure IS NOT NULL",
+    "CREATE INDEX failed_answers ON answers (failure) WHERE failure IS NOT NULL",
+)
+
 # MIGRATIONS[v] takes a file from version v to v + 1. Append; never edit one that was released.
-MIGRATIONS: list[tuple[str, ...]] = [_VERSION_1]
+MIGRATIONS: list[tuple[str, ...]] = [_VERSION_1, _VERSION_2]
+
+# What one table says of another: the table, rows that break it (key columns), and in words.
+REFERENCES = (
+    (
+        "answers",
+        "SELECT a.query_id, a.pointer FROM answers a LEFT JOIN scores s"
+        " ON s.query_id = a.query_id AND s.pointer = a.pointer"
+        " WHERE s.query_id IS NULL OR s.failure IS NOT NULL",
+        "is an answer to a prompt without a score",
+    ),
+    (
+        "proposals",
+        "SELECT p.id, p.stage, p.query_id, p.pointer FROM proposals p LEFT JOIN scores s"
+        " ON s.query_id = p.query_id AND s.pointer = p.pointer WHERE s.query_id IS NULL",
+        "was proposed and has no score",
+    ),
+    (
+        "superseded",
+        "SELECT u.query_id, u.pointer, u.verb, u.number FROM superseded u LEFT JOIN scores s"
+        " ON s.query_id = u.query_id AND s.pointer = u.pointer WHERE s.query_id IS NULL",
+        "is a failure of a prompt without a score",
+    ),
+)
 
 
 class StoreError(InputError):
@@ -264,6 +303,12 @@ def configure(db: sqlite3.Connection, *, read_only: bool) -> None:
         db.execute("PRAGMA synchronous = FULL")
 
 
+def tables(db: sqlite3.Connection) -> list[str]:
+    """Our tables that the file has; an older file lacks the newer ones."""
+    rows = db.execute("SELECT name FROM sqlite_master WHERE type = 'table'").fetchall()
+    return [table for table in TABLES if (table,) in rows]
+
+
 def version(db: sqlite3.Connection) -> int:
     """The schema version of the file; 0 for a new and empty one."""
     return db.execute("PRAGMA user_version").fetchone()[0]
@@ -301,11 +346,11 @@ def migrate(db: sqlite3.Connection) -> int:
 
 
 def check_schema(db: sqlite3.Connection, path: Path) -> None:
-    """Refuses a file whose tables are not exactly those of the newest schema."""
+    """Refuses a file whose tables are not exactly those of its schema version."""
     listing = "SELECT name, sql FROM sqlite_master WHERE sql IS NOT NULL ORDER BY name"
     fresh = sqlite3.connect(":memory:")
     try:
-        for statements in MIGRATIONS:
+        for statements in MIGRATIONS[: version(db)]:
             for statement in statements:
                 fresh.execute(statement)
         expected = dict(fresh.execute(listing))
