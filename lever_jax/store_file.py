@@ -174,7 +174,18 @@ class StoreFile:
             row = self._db.execute(sql, (name,)).fetchone()
             return None if row is None else json.loads(self._rows.open("stages", row, name=name)[1])
 
+    def stages(self) -> list[str]:
+        """The stages that are finished, by name."""
+        with named_errors(self.path):
+            rows = self._db.execute("SELECT name FROM stages ORDER BY name").fetchall()
+        return [row[0] for row in rows]
+
     # --- the whole ------------------------------------------------------------------------------
+
+    @property
+    def schema_version(self) -> int:
+        """Of the file; a reader takes older ones too."""
+        return schema.version(self._db)
 
     def counts(self) -> dict[str, int]:
         """Rows of each kind and the duplicates that were turned away, without a scan."""
@@ -212,13 +223,11 @@ class StoreFile:
                         faults.append(str(error))
             except _SQLITE_ERRORS as error:
                 faults.append(f"table {table}, at or after {name}: {error}")
-        for table, sql, wrong in schema.REFERENCES:
-            if table not in seen:
-                continue
+        for table, (_, wrong) in schema.REFERENCES.items():
             try:
-                for row in self._db.execute(sql):
-                    faults.append(f"table {table}, {schema.name_row(table, row)} {wrong}")
-            except _SQLITE_ERRORS as error:
+                for key in self.dangling(table) if table in seen else ():
+                    faults.append(f"table {table}, {schema.name_row(table, key)} {wrong}")
+            except StoreError as error:
                 faults.append(f"table {table}, what it says of others: {error}")
         try:
             for table, count in self.counts().items():
@@ -229,6 +238,28 @@ class StoreFile:
         return faults
 
     # --- for the tables of records --------------------------------------------------------------
+
+    def dangling(self, table: str) -> list[tuple]:
+        """Keys of rows that break what `schema.REFERENCES` says of their table."""
+        with named_errors(self.path):
+            return self._db.execute(schema.REFERENCES[table][0]).fetchall()
+
+    def add_row(self, table: str, row: tuple) -> bool:
+        """Whether the row is new; nothing changes where its key is taken. `recount` afterwards."""
+        sql = schema.insert_sql(table, "ON CONFLICT DO NOTHING")
+        return self._db.execute(sql, self._rows.seal(table, row)).rowcount == 1
+
+    def add_counts(self, counts: dict[str, int]) -> None:
+        """Adds to the counters of that name."""
+        with self.transaction():
+            for name, more in counts.items():
+                self._count(name, more)
+
+    def recount(self, table: str) -> None:
+        """Counts the rows of a table and makes that its count."""
+        with self.transaction():
+            count = self._db.execute(f"SELECT count(*) FROM {table}").fetchone()[0]
+            self._count(table, count - self.counts()[table])
 
     def read_rows(self, table: str, where: str = "", values: tuple = ()) -> Iterator[tuple]:
         """Rows of a table, each verified, without their checksums; none where there is no table."""
@@ -284,5 +315,5 @@ def named_errors(path: Path) -> Iterator[None]:
             "SQLITE_READONLY": "it was opened read-only, or its folder is not writable",
             "SQLITE_NOTADB": "it is not a store, or its first bytes are damaged",
             "SQLITE_BUSY": "another process holds it; try again when that has ended",
-        }.get(name, "the file may be damaged; Store.verify lists what is")
+        }.get(name, "the file may be damaged; python -m experiments.store verify lists what is")
         raise StoreError(f"{path}: {error} ({name}); {mend}") from error

@@ -5,9 +5,11 @@ accident: the tables as text, the order of the columns that a checksum covers, h
 array become bytes, and how an older file is brought forward. `store.py` holds the operations.
 """
 
+import functools
 import hashlib
 import json
 import os
+import re
 import sqlite3
 from collections.abc import Iterator, Sequence
 from functools import partial
@@ -77,28 +79,25 @@ _VERSION_2 = (
 # MIGRATIONS[v] takes a file from version v to v + 1. Append; never edit one that was released.
 MIGRATIONS: list[tuple[str, ...]] = [_VERSION_1, _VERSION_2]
 
-# What one table says of another: the table, rows that break it (key columns), and in words.
-REFERENCES = (
-    (
-        "answers",
+# What one table says of another: how to find the keys of rows that break it, and in words.
+REFERENCES = {
+    "answers": (
         "SELECT a.query_id, a.pointer FROM answers a LEFT JOIN scores s"
         " ON s.query_id = a.query_id AND s.pointer = a.pointer"
         " WHERE s.query_id IS NULL OR s.failure IS NOT NULL",
         "is an answer to a prompt without a score",
     ),
-    (
-        "proposals",
+    "proposals": (
         "SELECT p.id, p.stage, p.query_id, p.pointer FROM proposals p LEFT JOIN scores s"
         " ON s.query_id = p.query_id AND s.pointer = p.pointer WHERE s.query_id IS NULL",
         "was proposed and has no score",
     ),
-    (
-        "superseded",
+    "superseded": (
         "SELECT u.query_id, u.pointer, u.verb, u.number FROM superseded u LEFT JOIN scores s"
         " ON s.query_id = u.query_id AND s.pointer = u.pointer WHERE s.query_id IS NULL",
         "is a failure of a prompt without a score",
     ),
-)
+}
 
 
 class StoreError(InputError):
@@ -108,6 +107,27 @@ class StoreError(InputError):
 def select_sql(table: str, where: str = "") -> str:
     """SELECT of a table's columns in the order that its checksum covers, the checksum last."""
     return f"SELECT {', '.join(TABLES[table][0])}, checksum FROM {table} {where}"
+
+
+def where_key(table: str, row: Sequence) -> tuple[str, tuple]:
+    """WHERE for the row that has the key of `row`, and its values."""
+    columns, keys = TABLES[table]
+    names = ("id",) if columns[0] == "id" else columns[:keys]
+    return "WHERE " + " AND ".join(f"{name} = ?" for name in names), tuple(row[: len(names)])
+
+
+@functools.cache
+def declared(table: str) -> tuple[bool, tuple[int, ...]]:
+    """Whether a table has row ids, and which of its columns hold real numbers."""
+    (text,) = (
+        statement
+        for statements in MIGRATIONS
+        for statement in statements
+        if statement.startswith(f"CREATE TABLE {table} ")
+    )
+    columns = TABLES[table][0]
+    reals = [i for i, name in enumerate(columns) if re.search(rf"\b{name} REAL\b", text)]
+    return not text.endswith("WITHOUT ROWID"), tuple(reals)
 
 
 def insert_sql(table: str, conflict: str = "") -> str:
@@ -166,13 +186,15 @@ class RowChecksums:
         if row[-1] != self.of(table, content):
             raise StoreError(
                 f"table {table}, {name_row(table, content)}: the content does not match its "
-                "checksum, so the file is damaged; restore a backup or mine these again"
+                "checksum, so the file is damaged; restore a backup, or get the rest out with "
+                "python -m experiments.store salvage"
             )
         columns = TABLES[table][0]
         if any(content[columns.index(name)] != value for name, value in key.items()):
             raise StoreError(
                 f"table {table}: asked for {_in_words(key)}, found {name_row(table, content)}, so "
-                "the order of the table is damaged; restore a backup or mine these again"
+                "the order of the table is damaged; restore a backup, or get the rest out with "
+                "python -m experiments.store salvage"
             )
         return content
 
@@ -364,15 +386,17 @@ def check_schema(db: sqlite3.Connection, path: Path) -> None:
             raise StoreError(f"{path}: table {name} is not as this code creates it")
 
 
-def differences(stored: dict[str, str], given: dict[str, str]) -> Iterator[str]:
+def differences(
+    stored: dict[str, str], given: dict[str, str], there: str = "in the file", here: str = "now"
+) -> Iterator[str]:
     """What differs between two fingerprints, a phrase for each key."""
     for key in sorted(stored.keys() | given.keys()):
         if key not in given:
-            yield f"{key} is {stored[key]!r} in the file and not given now"
+            yield f"{key} is {stored[key]!r} {there} and not given {here}"
         elif key not in stored:
-            yield f"{key} is not in the file and {given[key]!r} now"
+            yield f"{key} is not {there} and {given[key]!r} {here}"
         elif stored[key] != given[key]:
-            yield f"{key} is {stored[key]!r} in the file and {given[key]!r} now"
+            yield f"{key} is {stored[key]!r} {there} and {given[key]!r} {here}"
 
 
 # What the keys of a run's fingerprint follow, for messages; a store may have other keys.

@@ -229,6 +229,15 @@ class ScoreTables(StoreFile):
             rows = self._db.execute("SELECT DISTINCT query_id FROM scores").fetchall()
         return np.array([row[0] for row in rows], np.int64)
 
+    def queries(self) -> np.ndarray:
+        """Int64 [n]: the queries that any row is about, in rising order."""
+        found = set()
+        with named_errors(self.path):
+            for table in ("pools", "scores", "proposals"):
+                rows = self._db.execute(f"SELECT DISTINCT query_id FROM {table}")
+                found.update(row[0] for row in rows)
+        return np.array(sorted(found), np.int64)
+
     def iter_scores(self, query_ids: Sequence[int] | None = None) -> Iterator[ScoreRecord]:
         """Every record of the given queries, or of all, one query after another."""
         sql = _SCORE_SQL + " WHERE s.query_id = ?"
