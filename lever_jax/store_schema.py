@@ -11,6 +11,8 @@ import json
 import os
 import re
 import sqlite3
+import struct
+import sys
 from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
@@ -21,6 +23,8 @@ import numpy as np
 from lever_jax.errors import InputError
 
 APPLICATION_ID = 0x4C455652  # "LEVR"; tells our file from any other SQLite file.
+_LITTLE_ENDIAN = sys.byteorder == "little"
+_PACK = msgpack.Packer().pack
 
 # Key columns first; the number after a table's columns says how many of them name a row.
 TABLES: dict[str, tuple[tuple[str, ...], int]] = {
@@ -223,8 +227,9 @@ def pack_array(array: np.ndarray | None) -> bytes | None:
     if array is None:
         return None
     array = np.asarray(array)
-    array = np.ascontiguousarray(array, array.dtype.newbyteorder("<"))
-    return msgpack.packb([array.dtype.str, list(array.shape), array.tobytes()])
+    if not array.dtype.isnative or not _LITTLE_ENDIAN:
+        array = array.astype(array.dtype.newbyteorder("<"))
+    return _PACK((array.dtype.str, array.shape, array.tobytes()))
 
 
 def unpack_array(blob: bytes | None) -> np.ndarray | None:
@@ -237,7 +242,7 @@ def unpack_array(blob: bytes | None) -> np.ndarray | None:
 
 def pack_pointer(pointer: Sequence[int]) -> bytes:
     """An ordered tuple of demonstration ids as little-endian int64; empty for zero-shot."""
-    return np.asarray(pointer, "<i8").tobytes()
+    return struct.pack(f"<{len(pointer)}q", *pointer)
 
 
 def unpack_pointer(blob: bytes) -> tuple[int, ...]:

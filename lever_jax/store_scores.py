@@ -11,6 +11,7 @@ from lever_jax.store_file import StoreFile, named_errors
 from lever_jax.store_schema import StoreError
 
 HOW = (None, "verified", "generated")
+_NUMBERS = ("gt_prob", "accuracy", "accuracy_official", "confidence", "similarity")
 
 
 @dataclass(slots=True, eq=False)
@@ -99,11 +100,12 @@ class ScoreTables(StoreFile):
                     failure,
                 )
             )
+        answers = [_answer_row(record) for record in records if record.answered]
         with self.transaction():
             duplicates = self._insert_new("scores", rows, "query_id, pointer")
-            answered = [record for record in records if record.answered]
-            if answered:
-                self.put_answers(answered)
+            if duplicates:  # Their scores may be failures; the new ones are not.
+                self._check_scored(answers)
+            self._insert_new("answers", answers, "query_id, pointer")
         return duplicates
 
     def put_answers(self, records: Iterable[ScoreRecord]) -> int:
@@ -119,30 +121,21 @@ class ScoreTables(StoreFile):
             _check(record)
             if not record.answered:
                 raise ValueError(f"{_name(record)} has neither an accuracy nor an eval_failed")
-            rows.append(
-                (
-                    int(record.query_id),
-                    schema.pack_pointer(record.pointer),
-                    record.prediction,
-                    schema.real(record.accuracy),
-                    schema.real(record.accuracy_official),
-                    schema.real(record.confidence),
-                    schema.real(record.similarity),
-                    record.how,
-                    record.eval_failed,
-                )
-            )
+            rows.append(_answer_row(record))
         with self.transaction():
-            find = "SELECT failure FROM scores WHERE query_id = ? AND pointer = ?"
-            for row in rows:
-                score = self._db.execute(find, row[:2]).fetchone()
-                if score is None or score[0] is not None:
-                    why = "has no score" if score is None else f"could not be scored: {score[0]}"
-                    raise StoreError(
-                        f"table scores, {schema.name_row('scores', row)} {why}; "
-                        "an answer is stored only beside a score"
-                    )
+            self._check_scored(rows)
             return self._insert_new("answers", rows, "query_id, pointer")
+
+    def _check_scored(self, answers: list[tuple]) -> None:
+        find = "SELECT failure FROM scores WHERE query_id = ? AND pointer = ?"
+        for row in answers:
+            score = self._db.execute(find, row[:2]).fetchone()
+            if score is None or score[0] is not None:
+                why = "has no score" if score is None else f"could not be scored: {score[0]}"
+                raise StoreError(
+                    f"table scores, {schema.name_row('scores', row)} {why}; "
+                    "an answer is stored only beside a score"
+                )
 
     def supersede(self, verb: str, records: Iterable[ScoreRecord]) -> None:
         """Puts what a later attempt said in the place of failures, in one transaction.
@@ -281,9 +274,23 @@ def _joined() -> str:
 _SCORE_SQL = _joined()
 
 
+def _answer_row(record: ScoreRecord) -> tuple:
+    return (
+        int(record.query_id),
+        schema.pack_pointer(record.pointer),
+        record.prediction,
+        schema.real(record.accuracy),
+        schema.real(record.accuracy_official),
+        schema.real(record.confidence),
+        schema.real(record.similarity),
+        record.how,
+        record.eval_failed,
+    )
+
+
 def _check(record: ScoreRecord) -> None:
     """Refuses a record that says too little or two things at once."""
-    for name in ("gt_prob", "accuracy", "accuracy_official", "confidence", "similarity"):
+    for name in _NUMBERS:
         value = getattr(record, name)
         if value is not None and not math.isfinite(value):
             raise ValueError(f"{_name(record)}: {name} is {value}; give None and an eval_failed")
