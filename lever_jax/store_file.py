@@ -315,5 +315,7 @@ def named_errors(path: Path) -> Iterator[None]:
             "SQLITE_READONLY": "it was opened read-only, or its folder is not writable",
             "SQLITE_NOTADB": "it is not a store, or its first bytes are damaged",
             "SQLITE_BUSY": "another process holds it; try again when that has ended",
+            "SQLITE_IOERR_WRITE": "the disk takes no more: make space, or raise the quota or the "
+            "limit of file sizes, and start again; what was committed is safe",
         }.get(name, "the file may be damaged; python -m experiments.store verify lists what is")
         raise StoreError(f"{path}: {error} ({name}); {mend}") from error

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from damage import row_places
 
+from lever_jax import store_schema as schema
 from lever_jax.ledger import Ledger
 from lever_jax.store import ScoreRecord, Store, StoreError
 from lever_jax.store_copies import TABLES
@@ -96,17 +97,19 @@ def read_all(store, truth):
     return refused, lost
 
 
-def check_reading(path, truth):
+def check_reading(path, truth, places):
     """A damaged file: refused at once, or each row read is true, and silence means all is well."""
     try:
         with Store.open(path, FINGERPRINT, read_only=True) as store:
             refused, lost = read_all(store, truth)
-            if refused or lost:
-                faults = store.verify()
-                assert faults, (refused, lost)
-                assert all("table" in fault or "check" in fault for fault in faults)
-            places = [why for why in refused if "table" not in why and str(path) not in why]
-            assert not places
+            faults = store.verify()
+            assert all("table" in fault or "check" in fault for fault in faults)
+            if not faults:  # Then only bytes that mean nothing can have been hit.
+                assert not refused
+                assert not lost
+                found = {(t, row) for t in schema.TABLES for row in rows_of(store, t)}
+                assert found == set(places)
+            assert all("table" in why or str(path) in why for why in refused)
             return "named" if refused or lost else "whole"
     except StoreError as error:
         message = str(error)
@@ -166,7 +169,7 @@ def flipped(tmp_path, sound, count):
         # Every tenth among the first bytes, where SQLite keeps what it must know.
         place = int(rng.integers(100 if n % 10 == 0 else size))
         flip(tmp_path / "bad", path, rng, place)
-        outcomes[check_reading(tmp_path / "bad", truth)] += 1
+        outcomes[check_reading(tmp_path / "bad", truth, places)] += 1
         check_salvage(tmp_path / "bad", places, lambda start, end, x=place: start <= x < end)
     print(f"{count} places: {outcomes}; {len(places)} rows")
     return outcomes
@@ -181,11 +184,10 @@ def cut(tmp_path, sound, count):
     outcomes = {"whole": 0, "named": 0, "refused": 0}
     for length in [1, 99, 100, 4096, *map(int, rng.integers(1, len(whole), count - 4))]:
         (tmp_path / "bad").write_bytes(whole[:length])
-        outcomes[check_reading(tmp_path / "bad", truth)] += 1
+        outcomes[check_reading(tmp_path / "bad", truth, places)] += 1
         check_salvage(tmp_path / "bad", places, lambda start, end, x=length: end > x)
     print(f"{count} cuts: {outcomes}")
-    assert outcomes["whole"] == 0
-    return outcomes
+    assert outcomes["refused"] > count // 2
 
 
 def test_twenty_flipped_bytes(tmp_path, sound):
