@@ -21,6 +21,7 @@ from lever_jax.selector import make_selector
 from lever_jax.store import Store
 from qwen_bridge.client import Environment
 from qwen_bridge.embedding_cache import EmbeddingCache
+from qwen_bridge.errors import InputError as BridgeInputError
 from qwen_bridge.hub import resolve_model
 from qwen_bridge.vqa.examples import Dataset
 from qwen_bridge.vqa.sources import open_dataset
@@ -131,11 +132,13 @@ def open_session(workdir: pathlib.Path) -> Iterator[Session]:
             raise InputError("the worker reads other data than the driver; are the files changing?")
         store = stack.enter_context(Store.open(workdir / "store.sqlite", identity))
         batched = BatchedEnvironment(environment, settings.SCORE_BATCH.value)
-        service = ScoringService(store, batched, bar)
+        service = ScoringService(store, batched, bar, blameless=(BridgeInputError,))
         bank, *queries = _embeddings(environment, dataset)
         config = configs.pool_config()
         pooled = [pool_queries(each, bank, hello["parts"], config, store, bar) for each in queries]
         _report_excluded(pooled)
+        if settings.RETRY_FAILED.value:
+            _retry_failed(service, bank, pooled)
         init, policy = make_selector(
             configs.selector_config(), hello["parts"], hello["embedding_dim"]
         )
@@ -177,6 +180,13 @@ def _embeddings(environment: Environment, dataset: Dataset) -> list[Embedded]:
         f"{cache.counts.computed:,} computed{damaged if cache.counts.damaged else ''}"
     )
     return embedded
+
+
+def _retry_failed(service: ScoringService, bank: Embedded, pooled: list[PooledQueries]) -> None:
+    """Asks again for what has failed and says what became of it."""
+    query_ids = np.concatenate([queries.query_ids for queries in pooled])
+    asked, failed = service.retry_failed(query_ids, bank.ids, label="retry what failed")
+    note(f"--retry_failed: {asked:,} prompts asked for again, {failed:,} of them failed again")
 
 
 def _report_excluded(pooled: list[PooledQueries]) -> None:

@@ -142,6 +142,11 @@ VISION_CACHE_MIB = _define_mib(
 DEADLINE_S = flags.DEFINE_float(
     "deadline_s", 600.0, "A request that takes longer has hung.", lower_bound=0.001
 )
+RETRY_FAILED = flags.DEFINE_bool(
+    "retry_failed",
+    False,
+    "Ask again, once at the start, for every prompt of this run that is eval_failed in the store.",
+)
 
 # --- embeddings, pools and selector -----------------------------------------------------------
 ENCODER = flags.DEFINE_enum(

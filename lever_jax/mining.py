@@ -154,11 +154,7 @@ def mine(
         owner = rows[group]
         ids = queries.demo_ids(owner, drawn.pointers[group, place])
         owner_ids = queries.query_ids[owner]
-        scores = columns(service.score(owner_ids, ids, label=label))
-        chosen = choose(group, scores["gt_prob"], config.verify_best, config.verify_low)
-        chosen |= uniform_sample(owner_ids, ids, config.verify_uniform)
-        service.verify(owner_ids[chosen], ids[chosen], label=label)
-        answered = np.isfinite(columns(store.get_scores(owner_ids, ids))["accuracy"])
+        _, answered = _score_and_answer(owner_ids, ids, service, config, label)
         store.put_proposals(
             stage,
             owner_ids,
@@ -167,6 +163,47 @@ def mine(
             drawn.log_probs[group, place],
             kept=answered,
         )
+    _keep_retried(stage, queries.query_ids[finished], service, config)
+
+
+def _score_and_answer(
+    query_ids: np.ndarray,
+    ids: np.ndarray,
+    service: ScoringService,
+    config: MiningConfig,
+    label: str,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Both stages for pointers [n, S]: bool [n], which were chosen to be answered, which are."""
+    group = np.unique(query_ids, return_inverse=True)[1]
+    scores = columns(service.score(query_ids, ids, label=label))
+    chosen = choose(group, scores["gt_prob"], config.verify_best, config.verify_low)
+    chosen |= uniform_sample(query_ids, ids, config.verify_uniform)
+    service.verify(query_ids[chosen], ids[chosen], label=label)
+    return chosen, np.isfinite(columns(service.store.get_scores(query_ids, ids))["accuracy"])
+
+
+def _keep_retried(
+    stage: str, query_ids: np.ndarray, service: ScoringService, config: MiningConfig
+) -> None:
+    """Lets pointers into their groups that failed when they were mined and have a score since.
+
+    Their queries choose anew what stage B answers. What was kept stays; of the rest only what is
+    chosen now, or had failed, joins: answers that other phases asked for do not.
+    """
+    store = service.store
+    retried = store.superseded()
+    affected = np.array(sorted({query_id for query_id, _ in retried}), np.int64)
+    affected = affected[np.isin(affected, query_ids)]
+    if not len(affected):
+        return
+    found = store.get_proposals(stage, affected)
+    label = f"mining {len(affected)} queries with retried prompts"
+    chosen, answered = _score_and_answer(found.query_ids, found.pointers, service, config, label)
+    prompts = zip(found.query_ids.tolist(), found.pointers.tolist(), strict=True)
+    had_failed = [(query, tuple(i for i in ids if i >= 0)) in retried for query, ids in prompts]
+    kept = (found.kept == 1) | (answered & (chosen | np.array(had_failed, bool)))
+    new = kept & (found.kept != 1)
+    store.mark_kept(stage, found.query_ids[new], found.pointers[new], kept[new])
 
 
 def propose(
