@@ -99,17 +99,21 @@ class Faulty:
 
     def embed(self, kind, ids):
         """Embeddings, or a fault."""
-        return self._serve(ids, None, lambda: self._scorer.embed(kind, ids))
+        return self._serve("embed", ids, None, lambda: self._scorer.embed(kind, ids))
 
     def score(self, queries, pointers):
         """Scores, or a fault."""
-        return self._serve(queries, pointers, lambda: self._scorer.score(queries, pointers))
+        return self._serve(
+            "score", queries, pointers, lambda: self._scorer.score(queries, pointers)
+        )
 
     def answer(self, queries, pointers):
         """Answers, or a fault."""
-        return self._serve(queries, pointers, lambda: self._scorer.answer(queries, pointers))
+        return self._serve(
+            "answer", queries, pointers, lambda: self._scorer.answer(queries, pointers)
+        )
 
-    def _serve(self, ids, pointers, work):
+    def _serve(self, verb, ids, pointers, work):
         struck = [name for name in FAULTS if self._strikes(name, ids, pointers)]
         for name in struck:
             self._write({"fault": name})
@@ -118,7 +122,7 @@ class Faulty:
         result = work()
         if pointers is not None:
             prompts = [[int(q), *map(int, p)] for q, p in zip(ids, pointers)]
-            self._write({"prompts": prompts, "pid": os.getpid()})
+            self._write({"verb": verb, "prompts": prompts})
         for name in struck:
             result = _do(name, result)
         self._requests += 1
