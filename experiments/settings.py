@@ -141,6 +141,12 @@ VISION_CACHE_MIB = _define_mib(
 DEADLINE_S = flags.DEFINE_float(
     "deadline_s", 600.0, "A request that takes longer has hung.", lower_bound=0.001
 )
+FACTORY = flags.DEFINE_string(
+    "factory",
+    "qwen_bridge.workers:build",
+    "module:function that builds a worker's scorer; a module outside qwen_bridge must be named in "
+    "the environment variable QWEN_BRIDGE_FACTORIES.",
+)
 
 # --- embeddings, pools and selector -----------------------------------------------------------
 ENCODER = flags.DEFINE_enum(

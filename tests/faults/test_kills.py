@@ -19,7 +19,7 @@ from lever_jax.store import Store
 JOB = Path(mining_job.__file__)
 FULL = pytest.mark.faults
 # Queries a kill, so that the job outlasts the kills.
-QUERIES_A_KILL, DELAY_S = 3, 0.1
+QUERIES_A_KILL, DELAY_S, SEED = 3, 0.1, 11
 
 
 def undisturbed(folder, queries):
@@ -51,14 +51,14 @@ class Killer(threading.Thread):
 
 
 @pytest.mark.parametrize("kills", [5, pytest.param(200, marks=FULL)])
-def test_workers_killed_at_random_moments(tmp_path, story, kills, seed=11):
+def test_workers_killed_at_random_moments(tmp_path, story, kills):
     queries = QUERIES_A_KILL * kills
     expected = undisturbed(tmp_path / "whole", queries)
     (tmp_path / "killed").mkdir()
-    killer = Killer(kills, seed)
+    killer = Killer(kills, SEED)
     log = tmp_path / "served"
     try:
-        # The killing begins with the first request: a worker that cannot start at first is an error.
+        # From the first request on: before, a worker that ends is an error.
         threading.Thread(target=begin, args=(killer, log), daemon=True).start()
         settings = {"delay_s": DELAY_S, "log": str(log)}
         stats, counts = mining_job.run(tmp_path / "killed", queries, settings)
@@ -70,7 +70,7 @@ def test_workers_killed_at_random_moments(tmp_path, story, kills, seed=11):
     assert counts["duplicate_scores"] == counts["duplicate_answers"] == 0
     assert stats["prompts_given_up"] == 0
     story.append(
-        f"{kills} worker kills (seed {seed}), {stats['restarts']} restarts: "
+        f"{kills} worker kills (seed {SEED}), {stats['restarts']} restarts: "
         f"{len(expected[0])} records equal, 0 scored twice"
     )
 
@@ -82,13 +82,13 @@ def begin(killer, log):
 
 
 @pytest.mark.parametrize("kills", [2, pytest.param(100, marks=FULL)])
-def test_drivers_killed_at_random_moments(tmp_path, story, kills, seed=12):
+def test_drivers_killed_at_random_moments(tmp_path, story, kills):
     """Nothing is scored again once it is durable: the workers write down all that they serve."""
     queries = QUERIES_A_KILL * kills
     expected = undisturbed(tmp_path / "whole", queries)
     folder, log = tmp_path / "killed", tmp_path / "served"
     folder.mkdir()
-    rng, seen, again = random.Random(seed), 0, 0
+    rng, seen, again = random.Random(SEED), 0, 0
     durable = {"score": set(), "answer": set()}
     settings = json.dumps({"delay_s": DELAY_S, "log": str(log)})
     command = [sys.executable, str(JOB), str(folder), str(queries), settings]
@@ -112,7 +112,7 @@ def test_drivers_killed_at_random_moments(tmp_path, story, kills, seed=12):
     assert mining_job.content(folder) == expected
     assert again == 0
     story.append(
-        f"{kills} driver kills (seed {seed}): {len(expected[0])} records equal, "
+        f"{kills} driver kills (seed {SEED}): {len(expected[0])} records equal, "
         f"{again} prompts of {seen} requests were durable"
     )
 
