@@ -17,7 +17,7 @@ _EVALUATION = (
 
 # Flags that say where or how to run, not what: a run may be continued with others.
 _NOT_ADOPTED = frozenset(
-    {"workdir", "flagfile", "undefok", "device", "workers", "threads", "retry_failed"}
+    "workdir flagfile undefok device workers threads retry_failed factory".split()
 )
 
 

@@ -124,6 +124,7 @@ def open_session(workdir: pathlib.Path) -> Iterator[Session]:
                 workers=settings.WORKERS.value,
                 threads=settings.THREADS.value,
                 deadline_s=settings.DEADLINE_S.value,
+                factory=settings.FACTORY.value,
             )
         )
         hello = environment.hello

@@ -147,6 +147,12 @@ RETRY_FAILED = flags.DEFINE_bool(
     False,
     "Ask again, once at the start, for every prompt of this run that is eval_failed in the store.",
 )
+FACTORY = flags.DEFINE_string(
+    "factory",
+    "qwen_bridge.workers:build",
+    "module:function that builds a worker's scorer; a module outside qwen_bridge must be named in "
+    "the environment variable QWEN_BRIDGE_FACTORIES.",
+)
 
 # --- embeddings, pools and selector -----------------------------------------------------------
 ENCODER = flags.DEFINE_enum(
