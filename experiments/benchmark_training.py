@@ -32,6 +32,8 @@ _ROUNDS = flags.DEFINE_integer("rounds", 7, "Rounds; each times all competitors.
 _COMPILED = flags.DEFINE_bool("compiled", True, "Compare with torch.compile too.")
 _OUT = flags.DEFINE_string("out", None, "JSON file of the result.")
 
+_EXACTNESS = ("max_abs_loss_of_first_step", "max_abs_loss_of_three", "max_abs_param")
+
 RATE = 1e-3
 """Of AdamW, constant."""
 
@@ -44,7 +46,7 @@ def main() -> None:
     if compiled and not shutil.which("g++") and not shutil.which("clang++"):
         compiled, missing = False, "no C++ compiler (g++ or clang++) for torch.compile"
         note(f"without the compiled version: {missing}")
-    cells, exactness = [], {"max_abs_loss": 0.0, "max_abs_param": 0.0}
+    cells, exactness = [], dict.fromkeys(_EXACTNESS, 0.0)
     for batch, pool, shots, group in itertools.product(*map(numbers, (_B, _K, _S, _G))):
         if shots > pool:
             raise InputError(f"--S={shots} exceeds --K={pool}; lower it")
@@ -140,19 +142,21 @@ def _competitors(batch: int, pool: int, shots: int, group: int, compiled: bool):
         return model, lambda: float(step(*batch_of_torch))
 
     model, eager = theirs(False)
-    apart = max(abs(ours() - eager()) for _ in range(3))
+    apart = [abs(ours() - eager()) for _ in range(3)]
     trained = from_flax(models.config, models.parts, holder["state"].params)
     worst = max(
         float((a - b).detach().abs().max())
         for a, b in zip(trained.parameters(), model.parameters())
     )
-    if apart > 1e-4:
-        raise InputError(f"the losses of the two steps differ by {apart:.1e}")
+    # Before the first update both have the same weights; then Adam moves weights whose gradient is
+    # only rounding as far as all others, and the two part slowly.
+    if apart[0] > 1e-5 or max(apart) > 1e-2:
+        raise InputError(f"the losses of the two steps differ by {apart}")
     competitors = {"ours": ours, "eager": eager}
     if compiled:
         torch.compiler.reset()
         competitors["compiled"] = theirs(True)[1]
-    return competitors, {"max_abs_loss": apart, "max_abs_param": worst}
+    return competitors, dict(zip(_EXACTNESS, (apart[0], max(apart), worst)))
 
 
 if __name__ == "__main__":

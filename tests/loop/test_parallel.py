@@ -1,0 +1,46 @@
+"""Batches shared by two devices: the same training, and really shared."""
+
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+from lever_jax.errors import InputError
+from lever_jax.parallel import make_mesh, replicated, shardings
+
+HERE = pathlib.Path(__file__).parent
+
+
+@pytest.mark.slow
+def test_two_devices_train_and_draw_as_one_does():
+    environment = {
+        **os.environ,
+        "XLA_FLAGS": "--xla_force_host_platform_device_count=2",
+        "PYTHONPATH": f"{HERE}:{HERE.parents[1]}",
+    }
+    done = subprocess.run(
+        [sys.executable, HERE / "two_devices.py"], env=environment, capture_output=True, text=True,
+        timeout=400, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    seen = json.loads(done.stdout)
+    assert seen["devices"] == seen["devices_of_the_state"] == 2
+    assert seen["rows_of_a_device"] * 2 == seen["rows"]
+    assert seen["sums_over_devices"]
+    # Adam moves weights whose gradient is only rounding as far as any: 1e-3 a step, six steps.
+    assert seen["params_apart"] <= 2e-4
+    assert seen["metrics_apart"] <= 1e-4
+    assert seen["same_pointers"]
+    assert seen["log_probs_apart"] <= 1e-6
+
+
+def test_one_device_has_no_mesh():
+    assert make_mesh("auto") is None
+    assert shardings(None, "ws", "s") == {}
+    tree = {"x": 1}
+    assert replicated(None, tree) is tree
+    with pytest.raises(InputError, match="--data_parallel=some is not one of auto, off"):
+        make_mesh("some")
