@@ -5,7 +5,7 @@ BIN := .venv/bin
 # Threads of torch that spin while they wait starve whatever else runs on the machine.
 export OMP_WAIT_POLICY := PASSIVE
 
-.PHONY: train test test-slow clean
+.PHONY: train test test-slow test-faults clean
 
 train: .venv/installed
 	$(BIN)/python -m experiments.train --flagfile=grpo.flags
@@ -17,6 +17,11 @@ test: .venv/installed-test
 
 test-slow: .venv/installed-test
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m slow
+
+# LEVER_SOAK_MINUTES sets how long the soak lasts.
+test-faults: .venv/installed-test
+	HF_HUB_OFFLINE=1 LEVER_SOAK_MINUTES=$${LEVER_SOAK_MINUTES:-30} \
+	  $(BIN)/python -m pytest tests/faults -m "faults or not faults"
 
 .venv/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv

@@ -63,7 +63,7 @@ def main() -> None:
     stage(f"open: {settings.WORKDIR.value}")
     with open_session(run_folder.make_workdir()) as session:
         rows = np.arange(min(_QUERIES.value, len(session.train)))
-        proposer = Proposer(session.policy, session.train.table)
+        proposer = session.train_proposer
         found = {way: {name: {} for name in methods} for way in ("budget", "prefix")}
         for name, quotas in methods.items():
             stage(f"{name}: {quotas}")

@@ -23,7 +23,8 @@ from threadpoolctl import threadpool_limits
 
 from experiments import cli
 from experiments.output import check_out, write_out
-from experiments.progress import CONSOLE, bar, note
+from experiments.progress import CONSOLE, note
+from experiments.side_by_side import timed_by
 from lever_jax.errors import InputError
 from lever_jax.products import Pairs
 from lever_jax.topk import Search
@@ -123,12 +124,9 @@ def main() -> None:
                 f"{result['queries_with_equal_sets']:,} of {len(queries):,} sets equal {name}'s, "
                 f"others by value within {result['worst_difference_by_value']:.0e}"
             )
-        seconds, cpu_seconds = _timed(competitors)
-    ratios = {
-        name: np.array(seconds["ours"]) / np.array(seconds[name])
-        for name in competitors
-        if name != "ours"
-    }
+        clocks = (time.perf_counter, time.process_time)  # of the wall, and of all threads
+        seconds, cpu_seconds = timed_by(clocks, competitors, _ROUNDS.value, "time the competitors")
+    ratios = {name: seconds["ours"] / seconds[name] for name in competitors if name != "ours"}
     for name, values in seconds.items():
         cpu = np.median(cpu_seconds[name])
         CONSOLE.print(f"  {name:6} median {np.median(values):7.2f} s, {cpu:7.2f} s of CPU")
@@ -150,8 +148,8 @@ def main() -> None:
         },
         "data": "unit vectors: random unit centre + Gaussian noise of expected length 1",
         "agreement": agreement,
-        "seconds": seconds,
-        "cpu_seconds": cpu_seconds,
+        "seconds": {name: values.tolist() for name, values in seconds.items()},
+        "cpu_seconds": {name: values.tolist() for name, values in cpu_seconds.items()},
         "faiss_index_built_s": built,
         "ratio_ours_to": {
             name: {
@@ -172,22 +170,6 @@ def main() -> None:
         },
     }
     write_out(_OUT.value, document)
-
-
-def _timed(competitors: dict) -> tuple[dict[str, list[float]], dict[str, list[float]]]:
-    """Seconds by the clock, and of CPU over all threads, of each competitor in each round."""
-    seconds = {name: [] for name in competitors}
-    cpu_seconds = {name: [] for name in competitors}
-    with bar("time the competitors", _ROUNDS.value * len(competitors)) as advance:
-        for round_ in range(_ROUNDS.value):
-            turn = round_ % len(competitors)
-            for name in (*list(competitors)[turn:], *list(competitors)[:turn]):
-                start, cpu = time.perf_counter(), time.process_time()
-                competitors[name]()
-                seconds[name].append(time.perf_counter() - start)
-                cpu_seconds[name].append(time.process_time() - cpu)
-                advance(1)
-    return seconds, cpu_seconds
 
 
 if __name__ == "__main__":

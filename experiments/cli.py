@@ -13,14 +13,17 @@ from qwen_bridge.scheduler import WorkerError
 FAILED, BAD_INPUT, INTERRUPTED = 1, 2, 130
 
 
-def run(main) -> None:
+def run(main, *, takes_arguments: bool = False) -> None:
     """Runs `main()` with parsed flags; bad input is one line and exit code 2, no traceback.
 
-    After Ctrl-C everything that was committed stays, and the same command resumes.
+    With `takes_arguments` it is `main(arguments)`, the words that are no flags, and what it returns
+    is the exit code. After Ctrl-C what was committed stays, and the same command resumes.
     """
 
     def guarded(argv):
         try:
+            if takes_arguments:
+                sys.exit(main(argv[1:]))
             if len(argv) > 1:
                 raise BridgeInputError(f"unexpected argument {argv[1]!r}; flags begin with --")
             main()

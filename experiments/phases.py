@@ -16,26 +16,27 @@ import jax
 import numpy as np
 
 from experiments import configs, imported, run_folder, settings
+from experiments.grpo import train_rounds
 from experiments.metrics import MetricsLog
 from experiments.output import whole_file
 from experiments.picks import PickLines
 from experiments.progress import bar, note
 from experiments.session import Session
 from experiments.stored import keep_training_picks
-from experiments.watch import Watch, known_picks
 from lever_jax import checkpoint
+from lever_jax.batches import Batches
+from lever_jax.compilations import count_compilations
 from lever_jax.diagnostics import Picks, health_csv, measure_health
 from lever_jax.errors import InputError
 from lever_jax.evaluation import answer_picks, evaluate
-from lever_jax.mining import mine, mined_candidates, mined_groups, on_policy_round
-from lever_jax.proposing import Proposer, phase_key
+from lever_jax.mining import mine, mined_candidates, mined_groups
+from lever_jax.parallel import device_count, replicated
+from lever_jax.proposing import phase_key
 from lever_jax.search import search_pools, search_targets
 from lever_jax.training import (
     LOSS_FIELDS,
     GroupBatch,
     PoolTable,
-    TrainState,
-    batches,
     init_state,
     make_optimizer,
     make_step,
@@ -112,7 +113,7 @@ def mine_data(session: Session, selector: Trained) -> None:
     mine(
         mining_stage(selector),
         session.train,
-        Proposer(session.policy, session.train.table),
+        session.train_proposer,
         selector.params,
         phase_key(settings.SEED.value, MINING),
         session.service,
@@ -151,8 +152,9 @@ def training_picks(session: Session, selector: Trained, name: str) -> np.ndarray
     They are kept in training_picks.json, from where experiments.analyze tells whether training
     used the data without asking the VLM again.
     """
-    proposer = Proposer(session.policy, session.train.table)
-    pointers = proposer.greedy(selector.params, np.arange(len(session.train)), shots=_shots())
+    pointers = session.train_proposer.greedy(
+        selector.params, np.arange(len(session.train)), shots=_shots()
+    )
     scores = answer_picks(session.train, pointers, session.service, label=f"picks of {name}")
     keep_training_picks(session.workdir, name, session.train.query_ids, scores["accuracy"])
     return scores["accuracy"]
@@ -193,6 +195,8 @@ def train_grpo(session: Session, start: Trained, log: MetricsLog) -> Trained | N
             "loss": _read_by("grpo"),
             "reward": configs.reward_config().recipe(),
             "queries": _digest([session.train.query_ids]),
+            **({"overlap": True} if settings.OVERLAP.value else {}),
+            **_steps_recipe(),
         }
     )
     restored = _restored(session, "grpo", recipe)
@@ -200,79 +204,11 @@ def train_grpo(session: Session, start: Trained, log: MetricsLog) -> Trained | N
         return restored
     if settings.VERIFY.value == "top_m":
         note("--verify=top_m leaves draws out of their groups, which biases the gradient")
-    params = _grpo_rounds(session, start.params, recipe, log)
+    params = train_rounds(session, start.params, recipe, log, shots=_shots())
     if params is None:
         note("GRPO: every group of every round was flat, nothing was learnt; see the health check")
         return None
     return _save(session, "grpo", Trained(params, recipe, start.recipe))
-
-
-def _grpo_rounds(session: Session, reference: Any, recipe: str, log: MetricsLog) -> Any | None:
-    count, size = len(session.train), settings.GRPO_QUERIES.value
-    rounds = [
-        (epoch, start)
-        for epoch in range(settings.GRPO_EPOCHS.value)
-        for start in range(0, count, size)
-    ]
-    batch_size = min(settings.BATCH_QUERIES.value, size, count)
-    steps = sum(
-        settings.GRPO_UPDATES.value * -(-min(size, count - start) // batch_size)
-        for _, start in rounds
-    )
-    optimizer = make_optimizer(settings.GRPO_RATE.value, steps=steps)
-    step = make_step("grpo", session.policy, optimizer, configs.loss_config())
-    state, first, learnt = init_state(reference, optimizer), 0, False
-    partial = session.workdir / "checkpoints" / "grpo_partial"
-    if checkpoint.exists(partial) and checkpoint.read_metadata(partial)["recipe"] == recipe:
-        state, metadata = checkpoint.restore(partial, state)
-        first, learnt = metadata["round"], metadata["learnt"]
-        note(f"resumed after round {first} of {len(rounds)}")
-    proposer = Proposer(session.policy, session.train.table)
-    watch = Watch(session.workdir, recipe, int(state.step))
-    key = phase_key(settings.SEED.value, "grpo")
-    for i, (epoch, start) in list(enumerate(rounds))[first:]:
-        order = np.random.default_rng([settings.SEED.value, epoch]).permutation(count)
-        rows = np.sort(order[start : start + size])
-        groups, scores = on_policy_round(
-            session.train,
-            rows,
-            proposer,
-            state.params,
-            jax.random.fold_in(key, i),
-            session.service,
-            configs.reward_config(),
-            shots=_shots(),
-            group_size=settings.GROUP_SIZE.value,
-            verify=settings.VERIFY.value,
-            config=configs.mining_config(),
-            draws=settings.DRAWS.value,
-            label=f"GRPO round {i + 1}/{len(rounds)}",
-        )
-        if not len(groups.query_rows):
-            note(f"round {i + 1}: no prompt could be scored; see eval_failed in the store")
-            continue
-        drawn = {
-            "sample_reward": np.nanmean(scores["reward"]),
-            "sample_accuracy": np.nanmean(scores["accuracy"]),
-            **known_picks(session, proposer.greedy(state.params, rows, shots=_shots()), rows),
-        }
-        rows = []
-        for update in range(settings.GRPO_UPDATES.value):
-            seed = (settings.SEED.value, i, update)
-            for batch in batches(groups, batch_size, seed):
-                state, metrics = step(state, reference, session.train.table, batch)
-                metrics = {**jax.device_get(metrics), **drawn}
-                at = int(state.step)
-                rows.append({"step": at, **log.write("grpo", recipe, at, metrics)})
-        flat, kl, entropy = (np.mean([r[n] for r in rows]) for n in ("flat_share", "kl", "entropy"))
-        note(
-            f"round {i + 1}: samples {drawn['sample_accuracy']:.3f} right, {flat:.0%} of groups "
-            f"flat and dropped, KL {kl:.3f}, entropy {entropy:.2f} nats"
-        )
-        watch(rows)
-        learnt |= any(row["flat_share"] < 1 for row in rows)
-        checkpoint.save(partial, state, {"recipe": recipe, "round": i + 1, "learnt": learnt})
-    return state.params if learnt else None
 
 
 def evaluate_phases(
@@ -289,7 +225,7 @@ def evaluate_phases(
             queries,
             session.parts,
             {f"selector_{name}": trained.params for name, trained in selectors.items()},
-            Proposer(session.policy, queries.table),
+            session.eval_proposer,
             session.service,
             configs.evaluation_config(),
             answer_types=[example.answer_type for example in examples],
@@ -396,29 +332,46 @@ def _fit(
             "groups": _digest(groups),
             "loss": _read_by(kind),
             "training": [epochs, rate, size],
+            **_steps_recipe(),
             **({} if origin is None else {"imported": origin}),
         }
     )
     restored = _restored(session, name, recipe)
     if restored is not None:
         return restored
-    steps = epochs * -(-len(groups.query_rows) // size)
+    batches = Batches(
+        groups, size, pieces=settings.ACCUMULATE.value, devices=device_count(session.mesh)
+    )
+    steps = epochs * len(batches)
     optimizer = make_optimizer(rate, steps=steps)
-    step = make_step(kind, session.policy, optimizer, configs.loss_config())
-    state: TrainState = init_state(start.params, optimizer)
-    table = session.train.table if table is None else table
-    with bar(f"{name}: optimiser steps", steps) as advance:
+    ema, mesh = settings.EMA.value, session.mesh
+    step = make_step(kind, session.policy, optimizer, configs.loss_config(), ema=ema, mesh=mesh)
+    state, reference, table = replicated(
+        mesh,
+        (
+            init_state(start.params, optimizer, averaged=ema > 0),
+            start.params,
+            session.train.table if table is None else table,
+        ),
+    )
+    warm = 0
+    with bar(f"{name}: optimiser steps", steps) as advance, count_compilations() as compiled:
         for epoch in range(epochs):
             totals = []
-            for batch in batches(groups, size, (settings.SEED.value, epoch)):
-                state, metrics = step(state, start.params, table, batch)
+            for batch in batches.epoch((settings.SEED.value, epoch)):
+                state, metrics = step(state, reference, table, batch)
                 totals.append(metrics)
                 advance(1)
             means = {n: np.mean([float(t[n]) for t in totals]) for n in totals[0]}
+            warm = compiled() if epoch == 0 else warm
+            means["compilations"] = compiled() - warm
             log.write(name, recipe, int(state.step), means)
     if epochs:
-        note(f"{name}: loss {means['loss']:.3f} nats, entropy {means['entropy']:.2f} nats")
-    return _save(session, name, Trained(state.params, recipe, start.recipe))
+        note(
+            f"{name}: loss {means['loss']:.3f} nats, entropy {means['entropy']:.2f} nats; "
+            f"{means['compilations']} compilations after the first epoch"
+        )
+    return _save(session, name, Trained(state.evaluated, recipe, start.recipe))
 
 
 def _shots() -> int:
@@ -436,6 +389,12 @@ def _read_by(kind: str) -> dict[str, Any]:
     """The settings that a loss reads: those of another phase do not change its recipe."""
     config = dataclasses.asdict(configs.loss_config())
     return {name: config[name] for name in LOSS_FIELDS[kind]}
+
+
+def _steps_recipe() -> dict[str, Any]:
+    """How optimiser steps are made, as far as it is not the default and decides parameters."""
+    given = {"accumulate": settings.ACCUMULATE.value, "ema": settings.EMA.value}
+    return {name: value for name, value in given.items() if value}
 
 
 def _digest(arrays) -> str:

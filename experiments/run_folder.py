@@ -16,7 +16,9 @@ _EVALUATION = (
 )  # fmt: skip
 
 # Flags that say where or how to run, not what: a run may be continued with others.
-_NOT_ADOPTED = frozenset({"workdir", "flagfile", "undefok", "device", "workers", "threads"})
+_NOT_ADOPTED = frozenset(
+    "workdir flagfile undefok device workers threads retry_failed factory".split()
+)
 
 
 def make_workdir() -> pathlib.Path:

@@ -2,21 +2,26 @@
 
 import contextlib
 import dataclasses
+import functools
 import logging
 import pathlib
 from collections.abc import Iterator
 
+import jax
 import numpy as np
 
 from experiments import configs, settings
 from experiments.progress import bar, note
 from lever_jax.errors import InputError
+from lever_jax.parallel import make_mesh
 from lever_jax.pooled import Embedded, PooledQueries, pool_queries
+from lever_jax.proposing import Proposer
 from lever_jax.scoring import ScoringService
 from lever_jax.selector import make_selector
 from lever_jax.store import Store
 from qwen_bridge.client import Environment
 from qwen_bridge.embedding_cache import EmbeddingCache
+from qwen_bridge.errors import InputError as BridgeInputError
 from qwen_bridge.hub import resolve_model
 from qwen_bridge.vqa.examples import Dataset
 from qwen_bridge.vqa.sources import open_dataset
@@ -41,6 +46,7 @@ class Session:
       policy: the selector.
       identity: what decides scores: fingerprints of model, prompts, generation, data, metric.
       encoder: what decides embeddings, and so pools; scores do not depend on it.
+      mesh: local devices that share the selector's work; None where one does it.
     """
 
     workdir: pathlib.Path
@@ -54,6 +60,17 @@ class Session:
     policy: object
     identity: dict[str, str]
     encoder: str
+    mesh: jax.sharding.Mesh | None
+
+    @functools.cached_property
+    def train_proposer(self) -> Proposer:
+        """Samplers over the training queries; one, so that each is compiled once a run."""
+        return Proposer(self.policy, self.train.table, mesh=self.mesh)
+
+    @functools.cached_property
+    def eval_proposer(self) -> Proposer:
+        """Samplers over the evaluation queries."""
+        return Proposer(self.policy, self.eval.table, mesh=self.mesh)
 
     @property
     def store(self) -> Store:
@@ -107,6 +124,7 @@ def open_session(workdir: pathlib.Path) -> Iterator[Session]:
                 workers=settings.WORKERS.value,
                 threads=settings.THREADS.value,
                 deadline_s=settings.DEADLINE_S.value,
+                factory=settings.FACTORY.value,
             )
         )
         hello = environment.hello
@@ -115,11 +133,13 @@ def open_session(workdir: pathlib.Path) -> Iterator[Session]:
             raise InputError("the worker reads other data than the driver; are the files changing?")
         store = stack.enter_context(Store.open(workdir / "store.sqlite", identity))
         batched = BatchedEnvironment(environment, settings.SCORE_BATCH.value)
-        service = ScoringService(store, batched, bar)
+        service = ScoringService(store, batched, bar, blameless=(BridgeInputError,))
         bank, *queries = _embeddings(environment, dataset)
         config = configs.pool_config()
         pooled = [pool_queries(each, bank, hello["parts"], config, store, bar) for each in queries]
         _report_excluded(pooled)
+        if settings.RETRY_FAILED.value:
+            _retry_failed(service, bank, pooled)
         init, policy = make_selector(
             configs.selector_config(), hello["parts"], hello["embedding_dim"]
         )
@@ -134,6 +154,7 @@ def open_session(workdir: pathlib.Path) -> Iterator[Session]:
             policy,
             identity,
             hello["encoder"],
+            make_mesh(settings.DATA_PARALLEL.value),
         )
 
 
@@ -160,6 +181,13 @@ def _embeddings(environment: Environment, dataset: Dataset) -> list[Embedded]:
         f"{cache.counts.computed:,} computed{damaged if cache.counts.damaged else ''}"
     )
     return embedded
+
+
+def _retry_failed(service: ScoringService, bank: Embedded, pooled: list[PooledQueries]) -> None:
+    """Asks again for what has failed and says what became of it."""
+    query_ids = np.concatenate([queries.query_ids for queries in pooled])
+    asked, failed = service.retry_failed(query_ids, bank.ids, label="retry what failed")
+    note(f"--retry_failed: {asked:,} prompts asked for again, {failed:,} of them failed again")
 
 
 def _report_excluded(pooled: list[PooledQueries]) -> None:

@@ -7,10 +7,10 @@ what is given on the command line wins.
 
 from absl import flags
 
-from lever_jax import decoding, training
+from lever_jax import decoding, parallel, training
 from lever_jax.advantages import ADVANTAGES
 from lever_jax.evaluation import METRICS
-from lever_jax.mining import VERIFY
+from lever_jax.on_policy import VERIFY
 from lever_jax.rewards import REWARD_MODES
 from lever_jax.search import CONSTRUCTIONS, SCORES
 from lever_jax.selector import HISTORIES, POINTER_SCORES
@@ -141,6 +141,17 @@ VISION_CACHE_MIB = _define_mib(
 )
 DEADLINE_S = flags.DEFINE_float(
     "deadline_s", 600.0, "A request that takes longer has hung.", lower_bound=0.001
+)
+RETRY_FAILED = flags.DEFINE_bool(
+    "retry_failed",
+    False,
+    "Ask again, once at the start, for every prompt of this run that is eval_failed in the store.",
+)
+FACTORY = flags.DEFINE_string(
+    "factory",
+    "qwen_bridge.workers:build",
+    "module:function that builds a worker's scorer; a module outside qwen_bridge must be named in "
+    "the environment variable QWEN_BRIDGE_FACTORIES.",
 )
 
 # --- embeddings, pools and selector -----------------------------------------------------------
@@ -339,6 +350,32 @@ GROUP_SIZE = flags.DEFINE_integer(
 )
 BATCH_QUERIES = flags.DEFINE_integer(
     "batch_queries", 50, "Query groups of an optimiser step.", lower_bound=1
+)
+ACCUMULATE = flags.DEFINE_integer(
+    "accumulate",
+    0,
+    "Pieces that an optimiser step is computed in, for memory and ragged groups; the step is the "
+    "same up to rounding. 0: one, or as many as padding asks for.",
+    lower_bound=0,
+)
+EMA = flags.DEFINE_float(
+    "ema",
+    0.0,
+    "Decay of the moving average of parameters that a phase hands on, such as 0.99; 0 is off.",
+    lower_bound=0.0,
+    upper_bound=0.999999,
+)
+DATA_PARALLEL = flags.DEFINE_enum(
+    "data_parallel",
+    "auto",
+    parallel.MODES,
+    "auto: all local devices share the selector's batches; off: the first computes them.",
+)
+OVERLAP = flags.DEFINE_bool(
+    "overlap",
+    True,
+    "Draw and train on one on-policy round while the VLM judges the next, which is then one round "
+    "behind the policy; the clipped ratio corrects for it.",
 )
 WARMUP_RATE = flags.DEFINE_float(
     "warmup_learning_rate", 1e-3, "AdamW's peak rate in warm-up.", lower_bound=0.0

@@ -8,7 +8,7 @@ which other processes cannot lengthen; on a GPU they are those of the clock.
 import os
 import platform
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import jax
 import numpy as np
@@ -50,16 +50,30 @@ def timed(
       label: of the progress bar.
     """
     clock = time.perf_counter if jax.default_backend() == "gpu" else time.process_time
-    names, seconds = list(competitors), {name: [] for name in competitors}
+    return timed_by((clock,), competitors, rounds, label)[0]
+
+
+def timed_by(
+    clocks: Sequence[Callable[[], float]],
+    competitors: Mapping[str, Callable[[], object]],
+    rounds: int,
+    label: str,
+) -> list[dict[str, np.ndarray]]:
+    """As `timed`, by each of some clocks, which read in seconds."""
+    names = list(competitors)
+    seconds = {name: [] for name in names}
     with bar(label, rounds * len(names)) as advance:
         for turn in range(rounds):
             first = turn % len(names)
             for name in (*names[first:], *names[:first]):
-                start = clock()
+                start = [clock() for clock in clocks]
                 competitors[name]()
-                seconds[name].append(clock() - start)
+                seconds[name].append([clock() - at for clock, at in zip(clocks, start)])
                 advance(1)
-    return {name: np.array(values) for name, values in seconds.items()}
+    return [
+        {name: np.array(values)[:, i] for name, values in seconds.items()}
+        for i in range(len(clocks))
+    ]
 
 
 def ratio(slow: np.ndarray, fast: np.ndarray) -> dict[str, float]:

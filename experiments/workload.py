@@ -85,7 +85,7 @@ class RunConfig:
       mining: proposals and how many of them are answered.
       grpo_epochs: passes over the training queries; 0 without GRPO.
       group_size: G.
-      verify: `all` or `top_m`, see `mining.on_policy_round`.
+      verify: `all` or `top_m`, see `on_policy.judge`.
       evaluation: shots, random seeds and the oracle.
     """
 

@@ -34,8 +34,9 @@ _MAX_METADATA = 1 << 26  # Bytes; a metadata.json beyond this is not one of ours
 def save(path: str | os.PathLike, tree: Any, metadata: dict) -> Path:
     """Writes a checkpoint, replacing whatever was at `path` by the new one as a whole.
 
-    It is built beside its place and moved there, so that after a kill at any moment `restore`
-    finds the old one or the new one and never a mixture. One process writes.
+    It is built beside its place and moved there, all of it on disk by then, so that after a kill
+    or a power cut at any moment `restore` finds the old one or the new one and never a mixture.
+    One process writes.
 
     Args:
       path: a folder, made with its parents.
@@ -80,18 +81,52 @@ def save(path: str | os.PathLike, tree: Any, metadata: dict) -> Path:
         content["digest"] = _digest(_canonical(content))
         with open(partial / "metadata.json", "w", encoding="utf-8") as file:
             json.dump(content, file, indent=1, allow_nan=False)
-            file.flush()
-            os.fsync(file.fileno())
+        for place in (partial, *partial.rglob("*")):
+            _sync(place)
         if path.exists():
             shutil.rmtree(previous, ignore_errors=True)
             path.rename(previous)
         partial.rename(path)
+        _sync(path.parent)
     except OSError as error:
         raise InputError(f"cannot write the checkpoint {path}: {error}") from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     shutil.rmtree(previous, ignore_errors=True)
     return path
+
+
+def save_if_best(
+    path: str | os.PathLike, tree: Any, metadata: dict, *, figure: str, value: float
+) -> bool:
+    """Keeps the best state of a run, beside the last one, which `save` keeps.
+
+    Saves where `value` is above that of the checkpoint at `path`. One of another recipe
+    (`metadata["recipe"]`) or by another figure is no rival, and is replaced.
+
+    Args:
+      path: a folder of its own.
+      tree: as for `save`. Mind that it is the state that `value` was measured on.
+      metadata: as for `save`; `best_by` is added to it: the figure's name and value.
+      figure: what the states are compared by, more being better, say "validation_accuracy".
+      value: of this state; NaN, nothing having been measured, is never best.
+
+    Returns:
+      Whether it was saved.
+
+    Raises:
+      InputError: as `save` and `read_metadata`; a damaged checkpoint is not replaced unseen.
+    """
+    if np.isnan(value):
+        return False
+    if exists(path):
+        kept = read_metadata(path)
+        best = kept.get("best_by", {})
+        rival = best.get("figure") == figure and kept.get("recipe") == metadata.get("recipe")
+        if rival and best["value"] >= value:
+            return False
+    save(path, tree, {**metadata, "best_by": {"figure": figure, "value": float(value)}})
+    return True
 
 
 def restore(path: str | os.PathLike, abstract_tree: Any) -> tuple[Any, dict]:
@@ -144,6 +179,15 @@ def exists(path: str | os.PathLike) -> bool:
     """Whether there is something at `path` for `restore` to read."""
     path = Path(os.path.abspath(path))
     return any((place / "metadata.json").is_file() for place in (path, _beside(path)[1]))
+
+
+def _sync(path: Path) -> None:
+    """Waits until a file, or the names in a folder, are on disk."""
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
 
 
 def _beside(path: Path) -> tuple[Path, Path]:

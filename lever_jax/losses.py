@@ -31,18 +31,23 @@ def _masked_mean(values: jax.Array, where: jax.Array) -> jax.Array:
     return jnp.sum(jnp.where(where, values, 0.0)) / jnp.maximum(jnp.sum(where), 1)
 
 
-def mean_over_groups(losses: jax.Array, counted: jax.Array) -> jax.Array:
+def mean_over_groups(
+    losses: jax.Array, counted: jax.Array, number: jax.Array | None = None
+) -> jax.Array:
     """Mean loss of the groups that counted; 0 if none did.
 
     Args:
       losses: [B] loss of each group; ignored where counted is 0.
       counted: [B] 1.0 if the group counted, 0.0 if it was flat or padding.
+      number: scalar, how many groups count in the whole batch that these are a part of; the
+        results of all parts add up to its mean. By default they are all.
 
     Returns:
       Scalar: sum of the counted losses over their number. Flat groups are in neither.
     """
     total = jnp.sum(jnp.where(counted > 0, losses * counted, 0.0))
-    return total / jnp.maximum(jnp.sum(counted), 1.0)
+    number = jnp.sum(counted) if number is None else number
+    return total / jnp.maximum(number, 1.0)
 
 
 def supervised_loss(

@@ -63,11 +63,11 @@ def masked_top_k(
       Values [..., k] (`MASKED` where fewer than k are left), indices [..., k] (0 there) and which
       of them count [..., k].
     """
-    size = scores.shape[-1]
-    values, indices = jax.lax.top_k(jnp.where(mask, scores, -jnp.inf), min(k, size))
+    missing = [(0, 0)] * (scores.ndim - 1) + [(0, max(k - scores.shape[-1], 0))]
+    # Padded before, not after: what reads the result would else be compiled to slow code.
+    scores, mask = jnp.pad(scores, missing), jnp.pad(mask, missing)
+    values, indices = jax.lax.top_k(jnp.where(mask, scores, -jnp.inf), k)
     found = jnp.take_along_axis(mask, indices, axis=-1)
-    missing = [(0, 0)] * (scores.ndim - 1) + [(0, k - min(k, size))]
-    values, indices, found = (jnp.pad(x, missing) for x in (values, indices, found))
     return jnp.where(found, values, MASKED), jnp.where(found, indices, 0), found
 
 

@@ -27,7 +27,6 @@ from lever_jax.store import Proposals, ScoreRecord, Store
 from lever_jax.training import GroupBatch
 from lever_jax.types import SOURCES, Rollouts
 
-VERIFY = ("all", "top_m")
 LOCAL_SEARCH = "local_search"
 """The source whose quota is proposed in a second step, around the best of the first."""
 
@@ -155,11 +154,7 @@ def mine(
         owner = rows[group]
         ids = queries.demo_ids(owner, drawn.pointers[group, place])
         owner_ids = queries.query_ids[owner]
-        scores = columns(service.score(owner_ids, ids, label=label))
-        chosen = choose(group, scores["gt_prob"], config.verify_best, config.verify_low)
-        chosen |= uniform_sample(owner_ids, ids, config.verify_uniform)
-        service.verify(owner_ids[chosen], ids[chosen], label=label)
-        answered = np.isfinite(columns(store.get_scores(owner_ids, ids))["accuracy"])
+        _, answered = _score_and_answer(owner_ids, ids, service, config, label)
         store.put_proposals(
             stage,
             owner_ids,
@@ -168,6 +163,47 @@ def mine(
             drawn.log_probs[group, place],
             kept=answered,
         )
+    _keep_retried(stage, queries.query_ids[finished], service, config)
+
+
+def _score_and_answer(
+    query_ids: np.ndarray,
+    ids: np.ndarray,
+    service: ScoringService,
+    config: MiningConfig,
+    label: str,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Both stages for pointers [n, S]: bool [n], which were chosen to be answered, which are."""
+    group = np.unique(query_ids, return_inverse=True)[1]
+    scores = columns(service.score(query_ids, ids, label=label))
+    chosen = choose(group, scores["gt_prob"], config.verify_best, config.verify_low)
+    chosen |= uniform_sample(query_ids, ids, config.verify_uniform)
+    service.verify(query_ids[chosen], ids[chosen], label=label)
+    return chosen, np.isfinite(columns(service.store.get_scores(query_ids, ids))["accuracy"])
+
+
+def _keep_retried(
+    stage: str, query_ids: np.ndarray, service: ScoringService, config: MiningConfig
+) -> None:
+    """Lets pointers into their groups that failed when they were mined and have a score since.
+
+    Their queries choose anew what stage B answers. What was kept stays; of the rest only what is
+    chosen now, or had failed, joins: answers that other phases asked for do not.
+    """
+    store = service.store
+    retried = store.superseded()
+    affected = np.array(sorted({query_id for query_id, _ in retried}), np.int64)
+    affected = affected[np.isin(affected, query_ids)]
+    if not len(affected):
+        return
+    found = store.get_proposals(stage, affected)
+    label = f"mining {len(affected)} queries with retried prompts"
+    chosen, answered = _score_and_answer(found.query_ids, found.pointers, service, config, label)
+    prompts = zip(found.query_ids.tolist(), found.pointers.tolist(), strict=True)
+    had_failed = [(query, tuple(i for i in ids if i >= 0)) in retried for query, ids in prompts]
+    kept = (found.kept == 1) | (answered & (chosen | np.array(had_failed, bool)))
+    new = kept & (found.kept != 1)
+    store.mark_kept(stage, found.query_ids[new], found.pointers[new], kept[new])
 
 
 def propose(
@@ -390,78 +426,3 @@ def positions_in_pool(
 def _mined(stage, queries, store) -> tuple[Proposals, list[ScoreRecord]]:
     mined = store.get_proposals(stage, queries.query_ids)
     return mined, store.get_scores(mined.query_ids, mined.pointers)
-
-
-def on_policy_round(
-    queries: PooledQueries,
-    rows: np.ndarray,
-    proposer: Proposer,
-    params,
-    key: jax.Array,
-    service: ScoringService,
-    reward: RewardConfig,
-    *,
-    shots: int,
-    group_size: int,
-    verify: str,
-    config: MiningConfig,
-    label: str,
-    draws: str = "iid",
-) -> tuple[GroupBatch, dict[str, np.ndarray]]:
-    """Draws a group a query from the policy and has the VLM judge it, through both stages.
-
-    Args:
-      queries: with their pools.
-      rows: int [n] which of them.
-      proposer: draws pointers.
-      params: of the policy; the one that will be trained.
-      key: of the round.
-      service: scores and answers, through the store.
-      reward: how scores become rewards.
-      shots: S.
-      group_size: G, draws a query; equal i.i.d. draws are scored once and count twice.
-      verify: `all` answers every pointer; `top_m` only the best and the lowest ones, and leaves
-        the rest out of the group, which biases the gradient.
-      config: `verify_best` and `verify_low` for `top_m`.
-      label: of the progress bar.
-      draws: `iid`, or without replacement (`training.DRAWS`), which wants verify="all".
-
-    Returns:
-      Groups [n, G], and the scores of the draws, flat.
-
-    Raises:
-      InputError: an unknown `verify`, or one that does not go with `draws`.
-    """
-    if verify not in VERIFY:
-        raise InputError(f"--verify={verify} is not one of {', '.join(VERIFY)}")
-    if draws != "iid" and verify != "all":
-        raise InputError(
-            f"--draws={draws} weighs every pointer by its probability of being drawn; with "
-            f"--verify={verify} some are left out by their score. Use --verify=all or --draws=iid"
-        )
-    options, inclusion = {"shots": shots, "num": group_size}, None
-    if draws == "iid":
-        drawn = proposer.on_policy(params, key, rows, **options)
-    else:
-        drawn, inclusion = proposer.without_replacement(params, key, rows, **options)
-    group, place = np.nonzero(drawn.mask)
-    inclusion = None if inclusion is None else inclusion[group, place]
-    owner = np.asarray(rows)[group]
-    ids = queries.demo_ids(owner, drawn.pointers[group, place])
-    owner_ids = queries.query_ids[owner]
-    if verify == "top_m":
-        gt_prob = columns(service.score(owner_ids, ids, label=label))["gt_prob"]
-        chosen = choose(group, gt_prob, config.verify_best, config.verify_low)
-        owner_ids, ids, group, place = (x[chosen] for x in (owner_ids, ids, group, place))
-    scores = columns(service.verify(owner_ids, ids, label=label))
-    rewards = reward.of(scores)
-    batch = group_batch(
-        queries,
-        owner_ids,
-        ids,
-        rewards,
-        drawn.log_probs[group, place],
-        size=group_size,
-        inclusion_log_probs=inclusion,
-    )
-    return batch, {**scores, "reward": rewards}

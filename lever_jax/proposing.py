@@ -11,6 +11,7 @@ from collections.abc import Mapping
 import jax
 import numpy as np
 
+from lever_jax.parallel import device_count, replicated, shardings
 from lever_jax.policy import Params, Policy
 from lever_jax.sampling import (
     beam_search,
@@ -31,10 +32,19 @@ class Proposer:
       policy: the selector.
       table: embeddings and pools, on the device.
       batch: queries of one call; the last call is padded.
+      mesh: devices that share each call, from `parallel.make_mesh`.
     """
 
-    def __init__(self, policy: Policy, table: PoolTable, batch: int = 64):
-        self._policy, self._table, self._batch = policy, table, batch
+    def __init__(
+        self,
+        policy: Policy,
+        table: PoolTable,
+        batch: int = 64,
+        mesh: jax.sharding.Mesh | None = None,
+    ):
+        devices = device_count(mesh)
+        self._policy, self._table = policy, replicated(mesh, table)
+        self._batch, self._mesh = -(-batch // devices) * devices, mesh
         self._compiled: dict[tuple, object] = {}
 
     @property
@@ -144,7 +154,8 @@ class Proposer:
     def _run(self, name: tuple, draw, params: Params, key: jax.Array, rows, *given):
         """Draws for the queries of `rows` [n]; `given` are trees of arrays [n, ...] of theirs."""
         if name not in self._compiled:
-            self._compiled[name] = jax.jit(functools.partial(self._many, draw))
+            split = shardings(self._mesh, "www" + "s" * (1 + len(given)), "s")
+            self._compiled[name] = jax.jit(functools.partial(self._many, draw), **split)
         run, rows = self._compiled[name], np.asarray(rows, np.int32)
         parts = []
         for start in range(0, len(rows), self._batch):

@@ -2,18 +2,20 @@
 
 Every stage (warm-up search, mining, on-policy rounds, evaluation) asks here and nowhere else, so
 the score of a prompt is never computed twice, whichever stage asked first. A batch is committed
-as it lands; a run that is killed loses at most the batches in flight.
+as it lands, together with the jobs of the ledger that it ends; a run that is killed loses at most
+the batches in flight.
 """
 
 import contextlib
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, Protocol
 
 import numpy as np
 
+from lever_jax.ledger import RETRY, Ledger
 from lever_jax.store import ScoreRecord, Store
 
 Progress = Callable[[str, int], AbstractContextManager[Callable[[int], None]]]
@@ -59,11 +61,20 @@ class ScoringService:
       store: where they are kept.
       environment: what computes them.
       progress: shows a bar; called with a label and a total.
+      blameless: exceptions of the environment that say nothing about the prompts in hand; see
+        `Ledger`.
     """
 
-    def __init__(self, store: Store, environment: Environment, progress: Progress):
+    def __init__(
+        self,
+        store: Store,
+        environment: Environment,
+        progress: Progress,
+        blameless: Sequence[type[BaseException]] = (),
+    ):
         self.store, self._environment, self.progress = store, environment, progress
         self.counts = ScoringCounts()
+        self._ledger = Ledger(store, blameless)
 
     def score(
         self,
@@ -94,13 +105,7 @@ class ScoringService:
         if len(fresh):
             shown = contextlib.nullcontext(advance) if advance else self.progress(label, len(fresh))
             with shown as advance_fresh:
-
-                def land(rows, batch):
-                    landed = fresh[rows]
-                    self._put_scores(query_ids[landed], pointers[landed], batch)
-                    advance_fresh(len(rows))
-
-                self._environment.score(query_ids[fresh], pointers[fresh], on_batch=land)
+                self._work("score", query_ids[fresh], pointers[fresh], advance_fresh)
         return self.store.get_scores(query_ids, pointers)
 
     def verify(self, query_ids, pointers, *, label: str) -> list[ScoreRecord]:
@@ -119,16 +124,59 @@ class ScoringService:
         if not len(fresh):
             return records
         with self.progress(f"{label}: generate", len(fresh)) as advance:
+            self._work("answer", query_ids[fresh], pointers[fresh], advance)
+        # The VLM waits while this is read: what was known already is not read again.
+        answered = self.store.get_scores(query_ids[open_], pointers[open_])
+        for row, record in zip(open_, answered):
+            records[row] = record
+        return records
 
-            def land(rows, batch):
-                landed = fresh[rows]
-                self._put_answers(query_ids[landed], pointers[landed], batch)
+    def retry_failed(self, query_ids, demo_ids, *, label: str) -> tuple[int, int]:
+        """Asks again for every score and answer that failed; what comes back takes its place.
+
+        Args:
+          query_ids: int64 [Q], the queries of this run; failures of others are left alone.
+          demo_ids: int64 [N], likewise its demonstrations.
+          label: what the progress bar says.
+
+        Returns:
+          How many prompts were asked for again, and how many of them have failed again.
+        """
+        asked = failed = 0
+        for verb in ("score", "answer"):
+            queries, pointers = self.store.failed(verb)
+            ours = np.isin(queries, query_ids)
+            ours &= (np.isin(pointers, demo_ids) | (pointers < 0)).all(axis=1)
+            queries, pointers = queries[ours], pointers[ours]
+            if len(queries):
+                with self.progress(f"{label}: {verb}", len(queries)) as advance:
+                    self._work(verb, queries, pointers, advance, retry=True)
+                records = self.store.get_scores(queries, pointers)
+                asked += len(records)
+                failed += sum(record.eval_failed is not None for record in records)
+        return asked, failed
+
+    def _work(self, verb: str, query_ids, pointers, advance, *, retry: bool = False) -> None:
+        """Computes distinct prompts through the ledger and stores what comes back."""
+        ask = getattr(self._environment, verb)
+        put = self._put_scores if verb == "score" else self._put_answers
+        for lease in self._ledger.leases(RETRY * retry + verb, query_ids, pointers):
+            asked = query_ids[lease.rows], pointers[lease.rows]
+
+            def land(rows, batch, lease=lease, asked=asked):
+                rows = np.asarray(rows)
+                with self.store.transaction():
+                    put(asked[0][rows], asked[1][rows], batch, retry)
+                    lease.landed(rows)
                 advance(len(rows))
 
-            self._environment.answer(query_ids[fresh], pointers[fresh], on_batch=land)
-        return self.store.get_scores(query_ids, pointers)
+            with lease:
+                if lease.given_up:
+                    land(range(len(lease.rows)), _GivenUp(lease.given_up))
+                else:
+                    ask(*asked, on_batch=land)
 
-    def _put_scores(self, query_ids, pointers, batch) -> None:
+    def _put_scores(self, query_ids, pointers, batch, retry: bool) -> None:
         records = []
         for row, (query_id, pointer) in enumerate(zip(query_ids, pointers)):
             record = ScoreRecord(int(query_id), _key(pointer))
@@ -145,17 +193,31 @@ class ScoringService:
                     self.counts.verified += 1
             records.append(record)
         self.counts.scored += len(records)
-        self.store.put_scores(records)
+        if retry:
+            self.store.supersede("score", records)
+        else:
+            self.store.put_scores(records)
 
-    def _put_answers(self, query_ids, pointers, batch) -> None:
+    def _put_answers(self, query_ids, pointers, batch, retry: bool) -> None:
         records = self.store.get_scores(query_ids, pointers)
         for row, record in enumerate(records):
+            record.eval_failed = None
             if row in batch.reasons:
                 record.eval_failed = batch.reasons[row]
             else:
                 _set_answer(record, batch, row, "generated")
         self.counts.generated += len(records)
-        self.store.put_answers(records)
+        if retry:
+            self.store.supersede("answer", records)
+        else:
+            self.store.put_answers(records)
+
+
+class _GivenUp:
+    """The result of one prompt that the ledger has given up."""
+
+    def __init__(self, why: str):
+        self.reasons = {0: why}
 
 
 def columns(records: list[ScoreRecord]) -> dict[str, np.ndarray]:

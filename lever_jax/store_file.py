@@ -79,9 +79,8 @@ class StoreFile:
         elif fingerprint is None:
             raise ValueError(f"{self.path} is new: a new store needs a fingerprint")
         schema.configure(self._db, read_only=read_only)
-        if schema.version(self._db) < len(schema.MIGRATIONS):
-            if read_only:
-                raise StoreError(f"{self.path} has an older schema; open it for writing once")
+        # A reader takes an older file as it is: it only lacks tables that would be empty.
+        if not read_only and schema.version(self._db) < len(schema.MIGRATIONS):
             with self.transaction():
                 new = schema.version(self._db) == 0
                 schema.migrate(self._db)
@@ -103,9 +102,10 @@ class StoreFile:
         self._rows = schema.RowChecksums(self.fingerprint)
 
     def _holds_nothing(self) -> bool:
-        tables = (table for table in schema.TABLES if table != "meta")
         return not any(
-            self._db.execute(f"SELECT 1 FROM {table} LIMIT 1").fetchone() for table in tables
+            self._db.execute(f"SELECT 1 FROM {table} LIMIT 1").fetchone()
+            for table in schema.tables(self._db)
+            if table != "meta"
         )
 
     def _write_fingerprint(self, fingerprint: dict[str, str]) -> None:
@@ -174,11 +174,22 @@ class StoreFile:
             row = self._db.execute(sql, (name,)).fetchone()
             return None if row is None else json.loads(self._rows.open("stages", row, name=name)[1])
 
+    def stages(self) -> list[str]:
+        """The stages that are finished, by name."""
+        with named_errors(self.path):
+            rows = self._db.execute("SELECT name FROM stages ORDER BY name").fetchall()
+        return [row[0] for row in rows]
+
     # --- the whole ------------------------------------------------------------------------------
+
+    @property
+    def schema_version(self) -> int:
+        """Of the file; a reader takes older ones too."""
+        return schema.version(self._db)
 
     def counts(self) -> dict[str, int]:
         """Rows of each kind and the duplicates that were turned away, without a scan."""
-        counts = dict.fromkeys(("scores", "answers", "pools", "proposals"), 0)
+        counts = dict.fromkeys(("scores", "answers", "pools", "proposals", "superseded"), 0)
         counts.update({f"duplicate_{name}": 0 for name in ("scores", "answers")})
         with named_errors(self.path):
             rows = self._db.execute(schema.select_sql("counters")).fetchall()
@@ -187,7 +198,11 @@ class StoreFile:
         return counts
 
     def verify(self) -> list[str]:
-        """Reads the whole file; the faults found, each with its table and key. [] is sound."""
+        """Reads the whole file; the faults found, each with its table and key. [] is sound.
+
+        What is checked: SQLite's own structures, the checksum of every row, what tables say of
+        each other, and the counts.
+        """
         faults = []
         try:
             lines = [row[0] for row in self._db.execute("PRAGMA integrity_check")]
@@ -195,7 +210,7 @@ class StoreFile:
         except _SQLITE_ERRORS as error:
             faults.append(f"integrity_check: {error}")
         seen = {}
-        for table in schema.TABLES:
+        for table in schema.tables(self._db):
             name = "the first row"
             seen[table] = 0
             try:
@@ -208,6 +223,12 @@ class StoreFile:
                         faults.append(str(error))
             except _SQLITE_ERRORS as error:
                 faults.append(f"table {table}, at or after {name}: {error}")
+        for table, (_, wrong) in schema.REFERENCES.items():
+            try:
+                for key in self.dangling(table) if table in seen else ():
+                    faults.append(f"table {table}, {schema.name_row(table, key)} {wrong}")
+            except StoreError as error:
+                faults.append(f"table {table}, what it says of others: {error}")
         try:
             for table, count in self.counts().items():
                 if table in seen and seen[table] != count:
@@ -217,6 +238,47 @@ class StoreFile:
         return faults
 
     # --- for the tables of records --------------------------------------------------------------
+
+    def dangling(self, table: str) -> list[tuple]:
+        """Keys of rows that break what `schema.REFERENCES` says of their table."""
+        with named_errors(self.path):
+            return self._db.execute(schema.REFERENCES[table][0]).fetchall()
+
+    def add_row(self, table: str, row: tuple) -> bool:
+        """Whether the row is new; nothing changes where its key is taken. `recount` afterwards."""
+        sql = schema.insert_sql(table, "ON CONFLICT DO NOTHING")
+        return self._db.execute(sql, self._rows.seal(table, row)).rowcount == 1
+
+    def add_counts(self, counts: dict[str, int]) -> None:
+        """Adds to the counters of that name."""
+        with self.transaction():
+            for name, more in counts.items():
+                self._count(name, more)
+
+    def recount(self, table: str) -> None:
+        """Counts the rows of a table and makes that its count."""
+        with self.transaction():
+            count = self._db.execute(f"SELECT count(*) FROM {table}").fetchone()[0]
+            self._count(table, count - self.counts()[table])
+
+    def read_rows(self, table: str, where: str = "", values: tuple = ()) -> Iterator[tuple]:
+        """Rows of a table, each verified, without their checksums; none where there is no table."""
+        with named_errors(self.path):
+            if table not in schema.tables(self._db):
+                return
+            for row in self._db.execute(schema.select_sql(table, where), values):
+                yield self._rows.open(table, row)
+
+    def write_rows(self, table: str, rows: list[tuple]) -> None:
+        """Writes rows of a table that is not counted; each takes the place of one of its key."""
+        sql = schema.insert_sql(table).replace("INSERT", "INSERT OR REPLACE", 1)
+        with self.transaction():
+            self._db.executemany(sql, [self._rows.seal(table, row) for row in rows])
+
+    def delete_rows(self, table: str, where: str, values: tuple) -> None:
+        """Deletes rows of a table that is not counted."""
+        with self.transaction():
+            self._db.execute(f"DELETE FROM {table} {where}", values)
 
     def _insert_new(self, table: str, rows: list[tuple], key: str) -> int:
         """Inserts the rows whose key is new, counts them, and returns how many were not."""
@@ -253,5 +315,7 @@ def named_errors(path: Path) -> Iterator[None]:
             "SQLITE_READONLY": "it was opened read-only, or its folder is not writable",
             "SQLITE_NOTADB": "it is not a store, or its first bytes are damaged",
             "SQLITE_BUSY": "another process holds it; try again when that has ended",
-        }.get(name, "the file may be damaged; Store.verify lists what is")
+            "SQLITE_IOERR_WRITE": "the disk takes no more: make space, or raise the quota or the "
+            "limit of file sizes, and start again; what was committed is safe",
+        }.get(name, "the file may be damaged; python -m experiments.store verify lists what is")
         raise StoreError(f"{path}: {error} ({name}); {mend}") from error

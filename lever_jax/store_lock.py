@@ -5,6 +5,7 @@ stale file stops nobody. What stands in the file is only there to tell the secon
 is waiting for.
 """
 
+import contextlib
 import fcntl
 import json
 import os
@@ -68,8 +69,34 @@ class WriterLock:
         return (mine.st_ino, mine.st_dev) == (there.st_ino, there.st_dev)
 
     def _owner(self) -> str:
-        try:
-            note = json.loads(os.pread(self._file, 4096, 0))
-            return "process {pid} ({program}) on {host} since {since}".format(**note)
-        except (ValueError, KeyError, TypeError, IndexError):
-            return "another process"  # It has the lock and has not written its name yet.
+        return _words(os.pread(self._file, 4096, 0))
+
+
+def writer_of(store: Path) -> str | None:
+    """Who holds the lock of a store, by the note beside it; None where nobody does."""
+    try:
+        note = store.with_name(store.name + ".lock").read_bytes()
+    except FileNotFoundError:
+        return None
+    with contextlib.suppress(ValueError, KeyError, TypeError):
+        owner = json.loads(note)
+        if owner["host"] == socket.gethostname() and not _lives(owner["pid"]):
+            return None  # Killed; the next writer takes its place.
+    return _words(note)
+
+
+def _lives(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass
+    return True
+
+
+def _words(note: bytes) -> str:
+    try:
+        return "process {pid} ({program}) on {host} since {since}".format(**json.loads(note))
+    except (ValueError, KeyError, TypeError, IndexError):
+        return "another process"  # It has the lock and has not written its name yet.

@@ -5,10 +5,14 @@ accident: the tables as text, the order of the columns that a checksum covers, h
 array become bytes, and how an older file is brought forward. `store.py` holds the operations.
 """
 
+import functools
 import hashlib
 import json
 import os
+import re
 import sqlite3
+import struct
+import sys
 from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
@@ -19,6 +23,8 @@ import numpy as np
 from lever_jax.errors import InputError
 
 APPLICATION_ID = 0x4C455652  # "LEVR"; tells our file from any other SQLite file.
+_LITTLE_ENDIAN = sys.byteorder == "little"
+_PACK = msgpack.Packer().pack
 
 # Key columns first; the number after a table's columns says how many of them name a row.
 TABLES: dict[str, tuple[tuple[str, ...], int]] = {
@@ -36,6 +42,8 @@ TABLES: dict[str, tuple[tuple[str, ...], int]] = {
         2,
     ),
     "proposals": (("id", "stage", "query_id", "pointer", "source", "log_prob", "kept"), 4),
+    "superseded": (("query_id", "pointer", "verb", "number", "failure"), 4),
+    "jobs": (("key", "verb", "state", "attempts", "size", "owner", "prompts", "reason"), 1),
 }
 
 _VERSION_1 = (
@@ -58,8 +66,42 @@ _VERSION_1 = (
     " kept INTEGER, checksum BLOB NOT NULL, UNIQUE (stage, query_id, pointer))",
 )
 
+# The ledger of jobs, and what a failure said before a later attempt took its place. The indexes
+# hold what is rare, so that nothing has to scan the large tables for it.
+_VERSION_2 = (
+    "CREATE TABLE superseded (query_id INTEGER NOT NULL, pointer BLOB NOT NULL,"
+    " verb TEXT NOT NULL, number INTEGER NOT NULL, failure TEXT NOT NULL, checksum BLOB NOT NULL,"
+    " PRIMARY KEY (query_id, pointer, verb, number)) WITHOUT ROWID",
+    "CREATE TABLE jobs (key BLOB PRIMARY KEY, verb TEXT NOT NULL, state TEXT NOT NULL,"
+    " attempts INTEGER NOT NULL, size INTEGER NOT NULL, owner TEXT, prompts BLOB, reason TEXT,"
+    " checksum BLOB NOT NULL) WITHOUT ROWID",
+    "CREATE INDEX open_jobs ON jobs (state) WHERE state IN ('todo', 'leased')",
+    "CREATE INDEX failed_scores ON scores (failure) WHERE failure IS NOT NULL",
+    "CREATE INDEX failed_answers ON answers (failure) WHERE failure IS NOT NULL",
+)
+
 # MIGRATIONS[v] takes a file from version v to v + 1. Append; never edit one that was released.
-MIGRATIONS: list[tuple[str, ...]] = [_VERSION_1]
+MIGRATIONS: list[tuple[str, ...]] = [_VERSION_1, _VERSION_2]
+
+# What one table says of another: how to find the keys of rows that break it, and in words.
+REFERENCES = {
+    "answers": (
+        "SELECT a.query_id, a.pointer FROM answers a LEFT JOIN scores s"
+        " ON s.query_id = a.query_id AND s.pointer = a.pointer"
+        " WHERE s.query_id IS NULL OR s.failure IS NOT NULL",
+        "is an answer to a prompt without a score",
+    ),
+    "proposals": (
+        "SELECT p.id, p.stage, p.query_id, p.pointer FROM proposals p LEFT JOIN scores s"
+        " ON s.query_id = p.query_id AND s.pointer = p.pointer WHERE s.query_id IS NULL",
+        "was proposed and has no score",
+    ),
+    "superseded": (
+        "SELECT u.query_id, u.pointer, u.verb, u.number FROM superseded u LEFT JOIN scores s"
+        " ON s.query_id = u.query_id AND s.pointer = u.pointer WHERE s.query_id IS NULL",
+        "is a failure of a prompt without a score",
+    ),
+}
 
 
 class StoreError(InputError):
@@ -69,6 +111,27 @@ class StoreError(InputError):
 def select_sql(table: str, where: str = "") -> str:
     """SELECT of a table's columns in the order that its checksum covers, the checksum last."""
     return f"SELECT {', '.join(TABLES[table][0])}, checksum FROM {table} {where}"
+
+
+def where_key(table: str, row: Sequence) -> tuple[str, tuple]:
+    """WHERE for the row that has the key of `row`, and its values."""
+    columns, keys = TABLES[table]
+    names = ("id",) if columns[0] == "id" else columns[:keys]
+    return "WHERE " + " AND ".join(f"{name} = ?" for name in names), tuple(row[: len(names)])
+
+
+@functools.cache
+def declared(table: str) -> tuple[bool, tuple[int, ...]]:
+    """Whether a table has row ids, and which of its columns hold real numbers."""
+    (text,) = (
+        statement
+        for statements in MIGRATIONS
+        for statement in statements
+        if statement.startswith(f"CREATE TABLE {table} ")
+    )
+    columns = TABLES[table][0]
+    reals = [i for i, name in enumerate(columns) if re.search(rf"\b{name} REAL\b", text)]
+    return not text.endswith("WITHOUT ROWID"), tuple(reals)
 
 
 def insert_sql(table: str, conflict: str = "") -> str:
@@ -127,13 +190,15 @@ class RowChecksums:
         if row[-1] != self.of(table, content):
             raise StoreError(
                 f"table {table}, {name_row(table, content)}: the content does not match its "
-                "checksum, so the file is damaged; restore a backup or mine these again"
+                "checksum, so the file is damaged; restore a backup, or get the rest out with "
+                "python -m experiments.store salvage"
             )
         columns = TABLES[table][0]
         if any(content[columns.index(name)] != value for name, value in key.items()):
             raise StoreError(
                 f"table {table}: asked for {_in_words(key)}, found {name_row(table, content)}, so "
-                "the order of the table is damaged; restore a backup or mine these again"
+                "the order of the table is damaged; restore a backup, or get the rest out with "
+                "python -m experiments.store salvage"
             )
         return content
 
@@ -162,8 +227,9 @@ def pack_array(array: np.ndarray | None) -> bytes | None:
     if array is None:
         return None
     array = np.asarray(array)
-    array = np.ascontiguousarray(array, array.dtype.newbyteorder("<"))
-    return msgpack.packb([array.dtype.str, list(array.shape), array.tobytes()])
+    if not array.dtype.isnative or not _LITTLE_ENDIAN:
+        array = array.astype(array.dtype.newbyteorder("<"))
+    return _PACK((array.dtype.str, array.shape, array.tobytes()))
 
 
 def unpack_array(blob: bytes | None) -> np.ndarray | None:
@@ -176,7 +242,7 @@ def unpack_array(blob: bytes | None) -> np.ndarray | None:
 
 def pack_pointer(pointer: Sequence[int]) -> bytes:
     """An ordered tuple of demonstration ids as little-endian int64; empty for zero-shot."""
-    return np.asarray(pointer, "<i8").tobytes()
+    return struct.pack(f"<{len(pointer)}q", *pointer)
 
 
 def unpack_pointer(blob: bytes) -> tuple[int, ...]:
@@ -264,6 +330,12 @@ def configure(db: sqlite3.Connection, *, read_only: bool) -> None:
         db.execute("PRAGMA synchronous = FULL")
 
 
+def tables(db: sqlite3.Connection) -> list[str]:
+    """Our tables that the file has; an older file lacks the newer ones."""
+    rows = db.execute("SELECT name FROM sqlite_master WHERE type = 'table'").fetchall()
+    return [table for table in TABLES if (table,) in rows]
+
+
 def version(db: sqlite3.Connection) -> int:
     """The schema version of the file; 0 for a new and empty one."""
     return db.execute("PRAGMA user_version").fetchone()[0]
@@ -301,11 +373,11 @@ def migrate(db: sqlite3.Connection) -> int:
 
 
 def check_schema(db: sqlite3.Connection, path: Path) -> None:
-    """Refuses a file whose tables are not exactly those of the newest schema."""
+    """Refuses a file whose tables are not exactly those of its schema version."""
     listing = "SELECT name, sql FROM sqlite_master WHERE sql IS NOT NULL ORDER BY name"
     fresh = sqlite3.connect(":memory:")
     try:
-        for statements in MIGRATIONS:
+        for statements in MIGRATIONS[: version(db)]:
             for statement in statements:
                 fresh.execute(statement)
         expected = dict(fresh.execute(listing))
@@ -319,15 +391,17 @@ def check_schema(db: sqlite3.Connection, path: Path) -> None:
             raise StoreError(f"{path}: table {name} is not as this code creates it")
 
 
-def differences(stored: dict[str, str], given: dict[str, str]) -> Iterator[str]:
+def differences(
+    stored: dict[str, str], given: dict[str, str], there: str = "in the file", here: str = "now"
+) -> Iterator[str]:
     """What differs between two fingerprints, a phrase for each key."""
     for key in sorted(stored.keys() | given.keys()):
         if key not in given:
-            yield f"{key} is {stored[key]!r} in the file and not given now"
+            yield f"{key} is {stored[key]!r} {there} and not given {here}"
         elif key not in stored:
-            yield f"{key} is not in the file and {given[key]!r} now"
+            yield f"{key} is not {there} and {given[key]!r} {here}"
         elif stored[key] != given[key]:
-            yield f"{key} is {stored[key]!r} in the file and {given[key]!r} now"
+            yield f"{key} is {stored[key]!r} {there} and {given[key]!r} {here}"
 
 
 # What the keys of a run's fingerprint follow, for messages; a store may have other keys.

@@ -1,11 +1,12 @@
 """Jitted training steps: supervised, RCE and GRPO, over batches of query groups.
 
 The embeddings lie on the device once (`PoolTable`); a batch names queries by row and carries
-pointers and rewards only. All three steps share one shape of batch, so a phase compiles once.
+pointers and rewards only. A step compiles once for each shape of batch; `batches.py` makes few.
 """
 
 import dataclasses
 import functools
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
@@ -15,6 +16,7 @@ import optax
 
 from lever_jax.advantages import compute_advantages, without_replacement
 from lever_jax.losses import exact_kl, grpo_loss, mean_over_groups, rce_loss, supervised_loss
+from lever_jax.parallel import shardings
 from lever_jax.policy import Params, Policy, pointer_log_probs
 from lever_jax.types import CandidatePool
 
@@ -70,11 +72,18 @@ class TrainState(NamedTuple):
       params: of the selector.
       opt_state: of the optimiser.
       step: int32, optimiser steps done.
+      average: moving average of the parameters, or None where none is kept.
     """
 
     params: Params
     opt_state: optax.OptState
     step: jax.Array
+    average: Params | None = None
+
+    @property
+    def evaluated(self) -> Params:
+        """What a phase hands on: the average where one is kept, else the parameters."""
+        return self.params if self.average is None else self.average
 
 
 @dataclasses.dataclass(frozen=True)
@@ -124,10 +133,25 @@ def make_optimizer(
     )
 
 
-def init_state(params: Params, optimizer: optax.GradientTransformation) -> TrainState:
-    """A fresh state around `params`, which are copied so that donation cannot delete them."""
-    params = jax.tree.map(jnp.array, params)
-    return TrainState(params, optimizer.init(params), jnp.zeros((), jnp.int32))
+def init_state(
+    params: Params, optimizer: optax.GradientTransformation, *, averaged: bool = False
+) -> TrainState:
+    """A fresh state around `params`, which are copied so that donation cannot delete them.
+
+    Where it is `averaged`, steps keep a moving average with the decay d of `make_step`:
+
+    average_t = (1 - d) / (1 - d^t) * sum_i d^(t - i) params_i,  i = 1 ... t
+
+    so that it holds nothing of where training started.
+    """
+    params = copied(params)
+    average = copied(params) if averaged else None
+    return TrainState(params, optimizer.init(params), jnp.zeros((), jnp.int32), average)
+
+
+def copied(params: Params) -> Params:
+    """Parameters that a donation of the given ones does not delete."""
+    return jax.tree.map(jnp.array, params)
 
 
 def log_probs_of(policy: Policy, params: Params, query, pool: CandidatePool, pointers, key=None):
@@ -139,7 +163,22 @@ def log_probs_of(policy: Policy, params: Params, query, pool: CandidatePool, poi
     return pointer_log_probs(policy, params, encoding, pool.mask, pointers)
 
 
-def make_step(kind: str, policy: Policy, optimizer, config: LossConfig):
+class _Totals(NamedTuple):
+    """How many groups of a step there are: those that counted, and those present."""
+
+    counted: jax.Array
+    present: jax.Array
+
+
+def make_step(
+    kind: str,
+    policy: Policy,
+    optimizer: optax.GradientTransformation,
+    config: LossConfig,
+    *,
+    ema: float = 0.0,
+    mesh: jax.sharding.Mesh | None = None,
+) -> "Step":
     """Returns the jitted step of a phase.
 
     Args:
@@ -147,43 +186,120 @@ def make_step(kind: str, policy: Policy, optimizer, config: LossConfig):
       policy: the selector.
       optimizer: from `make_optimizer`.
       config: settings of the losses.
-
-    Returns:
-      step(state, reference, table, batch) -> (state, metrics): the new state (the old one is
-      donated) and scalars. `reference` are the parameters that the KL of GRPO is measured to.
+      ema: in [0, 1), decay of the average that the state keeps if `init_state` gave it one.
+      mesh: devices that share each batch, from `parallel.make_mesh`.
     """
     losses = {"supervised": _supervised, "rce": _rce, "grpo": _grpo}[kind]
 
-    def loss_fn(params, reference, table, batch, step):
+    def groups_of(params, reference, table, batch, step):
         query, pool = table.read(batch.query_rows)
         keys = _dropout_keys(kind, policy, table.query_ids[batch.query_rows], step)
         per_query = functools.partial(losses, policy, config, params, reference)
         loss, counted, aux = jax.vmap(per_query)(query, pool, batch, keys)
         present = jnp.any(batch.mask, axis=1)
-        total = mean_over_groups(loss, counted)
+        return loss, counted, aux, present
+
+    def count(params, reference, table, batch):
+        # Neither depends on the parameters: XLA leaves the network out.
+        _, counted, _, present = groups_of(params, reference, table, batch, 0)
+        return _Totals(jnp.sum(counted), jnp.sum(present))
+
+    def loss_fn(params, reference, table, batch, step, totals):
+        """Loss and metrics of a batch, or a part's share in those of the whole."""
+        loss, counted, aux, present = groups_of(params, reference, table, batch, step)
+        own = _Totals(jnp.sum(counted), jnp.sum(present))
+        totals = own if totals is None else totals
+        total = mean_over_groups(loss, counted, totals.counted)
+        number = jnp.maximum(totals.present, 1)
         metrics = {
             "loss": total,
-            "groups": jnp.sum(present),
-            "flat_share": 1 - jnp.sum(counted) / jnp.maximum(jnp.sum(present), 1),
-            **{
-                name: jnp.sum(jnp.where(present, value, 0)) / jnp.maximum(jnp.sum(present), 1)
-                for name, value in aux.items()
-            },
+            "groups": own.present,
+            "flat_share": (own.present - own.counted) / number,
+            **{name: jnp.sum(jnp.where(present, value, 0)) / number for name, value in aux.items()},
         }
         # The penalty holds every policy near its reference, flat groups included.
         return total + config.kl_coef * metrics["kl"] if kind == "grpo" else total, metrics
 
-    @functools.partial(jax.jit, donate_argnums=0)
-    def step(state: TrainState, reference: Params, table: PoolTable, batch: GroupBatch):
-        grads, metrics = jax.grad(loss_fn, has_aux=True)(
-            state.params, reference, table, batch, state.step
-        )
+    def part(params, reference, table, batch, step, totals):
+        grad = jax.grad(loss_fn, has_aux=True)
+        return grad(params, reference, table, batch, step, totals)
+
+    def finish(state: TrainState, grads, metrics):
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         metrics["grad_norm"] = optax.tree.norm(grads)
-        return TrainState(params, opt_state, state.step + 1), metrics
+        average, step = state.average, state.step + 1
+        if average is not None:
+            weight = (1.0 - ema) / (1.0 - ema ** step.astype(jnp.float32))
+            average = jax.tree.map(lambda a, b: a + weight * (b - a), average, params)
+        return TrainState(params, opt_state, step, average), metrics
 
-    return step
+    def whole(state, reference, table, batch):
+        return finish(state, *part(state.params, reference, table, batch, state.step, None))
+
+    def add(a, b):
+        return jax.tree.map(jnp.add, a, b)
+
+    def jit(fn, arguments, **options):
+        return jax.jit(fn, **options, **shardings(mesh, arguments, "w"))
+
+    return Step(
+        whole=jit(whole, "wwws", donate_argnums=0),
+        count=jit(count, "wwws"),
+        part=jit(part, "wwwsww"),
+        add=jit(add, "ww", donate_argnums=0),
+        finish=jit(finish, "www", donate_argnums=0),
+    )
+
+
+class Step:
+    """One optimiser step over a batch of groups, whole or in parts.
+
+    step(state, reference, table, batch) -> (state, metrics): the new state (the old one is
+    donated) and scalars. `reference` are the parameters that the KL of GRPO is measured to.
+    `batch` is a GroupBatch or a list of them, the parts of one batch: their gradients are added
+    up, each divided by the number of groups that count in all of them, so that the step is that
+    of the whole batch.
+    """
+
+    def __init__(self, *, whole, count, part, add, finish):
+        self._whole, self._count, self._part = whole, count, part
+        self._add, self._finish = add, finish
+
+    def __call__(
+        self,
+        state: TrainState,
+        reference: Params,
+        table: PoolTable,
+        batch: GroupBatch | Sequence[GroupBatch],
+    ) -> tuple[TrainState, dict[str, jax.Array]]:
+        """See the class."""
+        parts = [batch] if isinstance(batch, GroupBatch) else list(batch)
+        if len(parts) == 1:
+            return self._whole(state, reference, table, parts[0])
+        totals = [self._count(state.params, reference, table, each) for each in parts]
+        totals = functools.reduce(self._add, totals)
+        done = None
+        for each in parts:
+            own = self._part(state.params, reference, table, each, state.step, totals)
+            done = own if done is None else self._add(done, own)
+        return self._finish(state, *done)
+
+    def programs(self) -> int:
+        """How many programs were compiled for it."""
+        functions = (self._whole, self._count, self._part, self._add, self._finish)
+        return sum(each._cache_size() for each in functions)
+
+
+def make_log_probs(policy: Policy, mesh: jax.sharding.Mesh | None = None):
+    """Returns (params, table, batch) -> log-probabilities [B, G] as the losses compute them."""
+
+    def log_probs(params, table, batch):
+        query, pool = table.read(batch.query_rows)
+        one = functools.partial(log_probs_of, policy, params)
+        return jax.vmap(lambda *own: one(*own)[0])(query, pool, batch.pointers)
+
+    return jax.jit(log_probs, **shardings(mesh, "wws", "s"))
 
 
 def _dropout_keys(kind: str, policy: Policy, query_ids: jax.Array, step: jax.Array):
@@ -264,22 +380,3 @@ def _grpo(policy, config, params, reference, query, pool, group, key):
             "advantage_abs": jnp.sum(jnp.abs(advantages)) / jnp.maximum(jnp.sum(group.mask), 1),
         },
     )
-
-
-def batches(groups: GroupBatch, size: int, seed: tuple[int, ...]):
-    """Yields shuffled batches of exactly `size` groups; the last is padded with masked groups.
-
-    Args:
-      groups: all groups, NumPy arrays.
-      size: B.
-      seed: of the shuffle.
-    """
-    order = np.random.default_rng(seed).permutation(len(groups.query_rows))
-
-    def padded(array, rows):
-        missing = [(0, size - len(rows))] + [(0, 0)] * (np.ndim(array) - 1)
-        return np.pad(np.asarray(array)[rows], missing)
-
-    for start in range(0, len(order), size):
-        rows = order[start : start + size]
-        yield jax.tree.map(functools.partial(padded, rows=rows), groups)

@@ -49,8 +49,8 @@ class Environment:
         dataset and metric as the factory reports them, `embedding_dim`, and `parts`, the column
         range of each part of an embedding.
       stats: counters since the start: `requests`, `prompts_scored`, `prompts_answered`,
-        `ids_embedded`, `prompts_given_up`, `restarts`, and `busy_s`, seconds that each worker
-        spent in the scorer.
+        `ids_embedded`, `prompts_given_up`, `restarts`, `workers_closed` (places that no worker
+        lives in), and `busy_s`, seconds that each worker spent in the scorer.
     """
 
     def __init__(
@@ -77,8 +77,9 @@ class Environment:
           deadline_s: longest time for one batch, after which the worker counts as hung.
           factory: "module:function" that builds the scorer, in the worker.
           startup_s: longest time to build the scorer.
-          max_restarts: workers that may end in a row, without one result between them, before
-            the call fails.
+          max_restarts: workers that may end in a row in one place, without one result between
+            them, before the place is closed; with the last place the call fails. Ends that one
+            batch is to blame for do not count.
           backoff_s: wait before the first restart; doubles up to 5 s while no result comes.
           slot_bytes: shared memory of a slot; bounds the rows of a batch.
 
@@ -174,7 +175,8 @@ class Environment:
           pointers: [n, S] demonstration ids in prompt order, right-padded with -1.
           on_batch: called with (rows, batch) in this thread as each batch lands, in any order;
             `rows` says where its prompts stand in the caller's arrays. What it raises ends the
-            call. It must not call this environment.
+            call. It must not call this environment. Given one, the first Ctrl-C is raised only
+            once the batches that workers are at have landed, the second at once.
           batch_size: most prompts in one request, fewer where a slot holds fewer.
           affinity: [n] int64 keys, the query ids by default. Prompts of one key travel in one
             batch where they fit, and prefer one worker, the same in every call.
@@ -184,7 +186,7 @@ class Environment:
 
         Raises:
           InputError: the worker finds the input wrong, say an unknown id.
-          ScorerError: the scorer failed in a way that no other attempt would mend.
+          ScorerError: the scorer raises exceptions for query after query, without any result.
           WorkerError: workers end one after the other, without any result.
         """
         return self._prompts("score", queries, pointers, on_batch, batch_size, affinity)
@@ -244,12 +246,14 @@ class Environment:
         try:
             with (
                 self._interrupts.held(),
-                contextlib.closing(self._scheduler.run(call, batches)) as landing,
+                contextlib.closing(
+                    self._scheduler.run(call, batches, finishing=on_batch is not None)
+                ) as landing,
             ):
                 for rows, result in landing:
                     pieces.append((rows, result))
                     if on_batch is not None:
-                        with self._interrupts.allowed():
+                        with self._interrupts.allowed(but_the_first=True):
                             on_batch(rows, result)
         finally:
             self._in_call = False

@@ -15,7 +15,6 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
 from transformers import (
     CLIPConfig,
     CLIPModel,
@@ -33,20 +32,10 @@ from transformers.models.siglip2.image_processing_pil_siglip2 import Siglip2Imag
 from qwen_bridge.embedder import Encoder, encoder_fingerprint, in_batches
 from qwen_bridge.errors import InputError
 from qwen_bridge.identity import checkpoint_digest
+from qwen_bridge.loading import UNUSABLE
 from qwen_bridge.vision import read_images
 
 _BATCH = 64  # images or texts of a forward pass
-
-# What the libraries raise over a damaged or foreign folder.
-_UNUSABLE = (
-    OSError,
-    ValueError,
-    TypeError,
-    AttributeError,
-    RuntimeError,
-    KeyError,
-    SafetensorError,
-)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -177,7 +166,7 @@ def load_encoder(kind: str, path: str, load_image: Callable, device: str) -> Con
         tokens_of, collate = prepare(folder, model.config.text_config)
     except InputError:
         raise
-    except _UNUSABLE as error:
+    except UNUSABLE as error:
         line = (str(error).strip() or repr(error)).splitlines()[0]
         raise InputError(f"{flag} cannot be loaded: {line}") from error
     # Old CLIP folders hold the positions 0, 1, 2, ... as a weight.

@@ -24,6 +24,7 @@ class Interrupts:
         self._handlers: dict[int, object] = {}
         self._pending: list[int] = []
         self._allowed = False
+        self._but_the_first = False
 
     @contextlib.contextmanager
     def held(self) -> Iterator[None]:
@@ -41,19 +42,28 @@ class Interrupts:
             self._allowed = before
             if outermost:
                 self._restore()
-            elif before:
+            elif self._due():
                 self._deliver(self._handlers)
 
     @contextlib.contextmanager
-    def allowed(self) -> Iterator[None]:
-        """Signals are delivered at once, those that waited first."""
-        before = self._allowed
+    def allowed(self, *, but_the_first: bool = False) -> Iterator[None]:
+        """Signals are delivered at once, those that waited first.
+
+        Args:
+          but_the_first: the first Ctrl-C waits on; a second one brings it along.
+        """
+        before = self._allowed, self._but_the_first
         try:
-            self._allowed = True
-            self._deliver(self._handlers)
+            self._allowed, self._but_the_first = True, but_the_first
+            if self._due():
+                self._deliver(self._handlers)
             yield
         finally:
-            self._allowed = before
+            self._allowed, self._but_the_first = before
+
+    def _due(self) -> bool:
+        """Whether what waits may be delivered now."""
+        return self._allowed and not (self._but_the_first and self._pending == [signal.SIGINT])
 
     def _install(self) -> None:
         for number in _SIGNALS:
@@ -71,12 +81,11 @@ class Interrupts:
         self._deliver(handlers)
 
     def _handle(self, number: int, frame) -> None:
-        if self._allowed and number in self._handlers:
-            self._handlers[number](number, frame)
-        else:
-            self._pending.append(number)
+        self._pending.append(number)
+        if self._due():
+            self._deliver(self._handlers, frame)
 
-    def _deliver(self, handlers: dict) -> None:
+    def _deliver(self, handlers: dict, frame=None) -> None:
         while self._pending:
             number = self._pending.pop(0)
-            handlers[number](number, None)
+            handlers[number](number, frame)

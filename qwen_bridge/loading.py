@@ -17,8 +17,7 @@ from qwen_bridge.identity import adapter_digest, checkpoint_digest, weight_files
 from qwen_bridge.vision import batch_equal_windows
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-# What the libraries raise over a damaged or foreign folder.
-_UNUSABLE = (
+UNUSABLE = (
     OSError,
     ValueError,
     TypeError,
@@ -27,6 +26,7 @@ _UNUSABLE = (
     KeyError,
     SafetensorError,
 )
+"""What the libraries raise over a damaged or foreign folder."""
 
 
 @dataclasses.dataclass
@@ -110,7 +110,7 @@ def load_model(
             local_files_only=True,
             **{name: value for name, value in sizes.items() if value is not None},
         )
-    except _UNUSABLE as error:
+    except UNUSABLE as error:
         line = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
         if "ignore_mismatched_sizes" in line:
             line = "weights of other shapes than config.json says"

@@ -255,6 +255,16 @@ def failure_of(error: BaseException, job: int, detail: str = "") -> Failure:
     return Failure(job, name[:MAX_TEXT], str(error)[:MAX_TEXT], retryable, detail[-MAX_TEXT:])
 
 
+def device_is_lost(failure: Failure) -> bool:
+    """Whether the worker's GPU takes no further work: after such an error of CUDA none ends well.
+
+    Want of memory is not meant; torch says AcceleratorError, older ones RuntimeError.
+    """
+    return not failure.retryable and (
+        failure.type == "AcceleratorError" or "CUDA error:" in failure.message
+    )
+
+
 def _check_depth(tree) -> None:
     level, depth = [tree], 0
     while level:

@@ -3,8 +3,9 @@
 A batch belongs to a *seat*, the place of one worker, whoever sits there. Each seat has a queue;
 a seat whose queue is empty takes from the end of the longest other one. A worker that dies, hangs
 or answers nonsense is replaced, and its batches are sent again. The batch it was working on is
-under suspicion: after `KILLS` such ends it is halved, and each half again at the next, down to
-the prompt that does it, which is then given up with its reason.
+under suspicion and goes to another seat, if there is one: the machine may be at fault. After
+`KILLS` such ends it is convicted: it is halved, and each half again at its next, down to the
+prompt that does it, which must do it twice and is then given up with its reason.
 
 A batch in hand is decided by exactly one of:
 
@@ -12,9 +13,16 @@ A batch in hand is decided by exactly one of:
 |--------------------------------------|---------------------------------------------------------|
 | a result                             | checked, copied out, delivered                          |
 | a failure: the user's input is wrong | `InputError` in the driver, the same line               |
-| a failure that may pass (memory)     | halved; a single prompt is tried again, then given up   |
-| any other failure of the scorer      | `ScorerError` in the driver: a bug, not a hard prompt   |
+| any other failure of the scorer      | halved; a single prompt is tried again, then given up   |
+| a failure that says the GPU is lost  | the worker is replaced; see above                       |
 | nothing, or nonsense                 | the worker is replaced; see above                       |
+
+Two limits tell a hard prompt from a broken machine and from a bug. A seat whose worker ends more
+than `max_restarts` times in a row, without a result or a conviction, is closed, and the call fails
+with the last one. And where the prompts of more than `IN_VAIN` queries in a row are given up, with
+no result between them, the call fails too: `ScorerError` if the scorer raised an exception, else
+`WorkerError`. Prompts are handed out as given up only once a result, or the end of the call, shows
+that this is not so; those of a call that fails are open as if they had never been tried.
 """
 
 import itertools
@@ -31,7 +39,16 @@ from qwen_bridge.batching import Batch, home_worker
 from qwen_bridge.channel import DeadlineExceeded, PeerGone, wait_readable
 from qwen_bridge.errors import InputError
 from qwen_bridge.interrupts import Interrupts
-from qwen_bridge.messages import NO_JOB, Failure, Hello, Message, Request, Result, Settings
+from qwen_bridge.messages import (
+    NO_JOB,
+    Failure,
+    Hello,
+    Message,
+    Request,
+    Result,
+    Settings,
+    device_is_lost,
+)
 from qwen_bridge.protocol import (
     ProtocolError,
     check_result,
@@ -45,9 +62,12 @@ from qwen_bridge.protocol import (
 )
 from qwen_bridge.worker_process import WorkerProcess, worker_environment
 
-# Times a batch, or a prompt that may just have met a full memory, is tried.
+# Workers that a batch may end before it is convicted, and times that a prompt is tried for which
+# the scorer raises an exception; memory may just have been full.
 KILLS = 3
 TRIES = 3
+# Queries whose prompts may be given up in a row.
+IN_VAIN = 4
 
 _LONGEST_BACKOFF_S = 5.0
 _EXIT_GRACE_S = 2.0
@@ -60,7 +80,7 @@ class WorkerError(RuntimeError):
 
 
 class ScorerError(RuntimeError):
-    """The scorer raised an exception that no other batch size or attempt would mend."""
+    """The scorer raises an exception for one query after the other: a bug, not a hard prompt."""
 
 
 @dataclass(eq=False)
@@ -104,11 +124,15 @@ class Seat:
       index: which.
       worker: who sits there; None while it waits for `restart_at`.
       restart_at: when the next one may be started (monotonic seconds).
+      deaths: workers that ended here since the last result or conviction.
+      closed: whether no further one is started.
     """
 
     index: int
     worker: WorkerProcess | None = None
     restart_at: float = 0.0
+    deaths: int = 0
+    closed: bool = False
 
 
 class Scheduler:
@@ -143,6 +167,7 @@ class Scheduler:
             "ids_embedded": 0,
             "prompts_given_up": 0,
             "restarts": 0,
+            "workers_closed": 0,
             "busy_s": [0.0] * workers,
         }
         self._settings = settings
@@ -153,11 +178,15 @@ class Scheduler:
         self._backoff_s = backoff_s
         self._interrupts = interrupts
         self._numbers = itertools.count()
-        self._deaths_in_a_row = 0
         self._error: Exception | None = None
         self._said: set[str] = set()
         self._call: Call | None = None
         self._landed: deque[tuple[np.ndarray, object]] = deque()
+        self._given_up: list[tuple[np.ndarray, object]] = []
+        self._in_vain: set[int] = set()
+        self._finishing = False
+        self._stopped: KeyboardInterrupt | None = None
+        self._in_hand: list[Job] = []
 
     def start(self) -> None:
         """Starts all workers and waits until all are ready; the first failure is final."""
@@ -167,11 +196,14 @@ class Scheduler:
             self._restart_due()
             self._collect(self._patience())
 
-    def run(self, call: Call, batches: list[Batch]) -> Iterator[tuple[np.ndarray, object]]:
+    def run(
+        self, call: Call, batches: list[Batch], *, finishing: bool = False
+    ) -> Iterator[tuple[np.ndarray, object]]:
         """Does a call; yields (rows, result) as batches land, in whatever order they do.
 
         Results are the caller's own copies. Closing the generator drops what is still open: its
-        replies are read and forgotten.
+        replies are read and forgotten. Where it is `finishing`, the first Ctrl-C lets the batches
+        that workers are at land before it is raised, and the second is raised at once.
         """
         call.queues = [deque() for _ in self.seats]
         call.unsettled = sum(len(batch.rows) for batch in batches)
@@ -179,21 +211,26 @@ class Scheduler:
             home = home_worker(batch.key, len(self.seats))
             call.queues[home].append(Job(next(self._numbers), call, batch.rows, home))
         self._call = call
-        self._error = None
+        self._error, self._finishing = None, finishing
         self._landed.clear()
+        self._given_up.clear()
         try:
             self._collect(0.0)  # Deaths and replies since the last call.
             while call.unsettled or self._landed:
-                if call.unsettled:
+                if call.unsettled and not self._stopped:
                     self._restart_due()
                     self._dispatch(call)
                 if self._landed:
                     yield self._landed.popleft()
+                if self._stopped and not self._landed and not self._at_work():
+                    raise self._stopped
                 if call.unsettled:
                     self._collect(0.0 if self._landed else self._patience())
         finally:
-            self._call = None
+            self._call = self._stopped = None
+            self._finishing = False
             self._landed.clear()
+            self._given_up.clear()
 
     # Towards the workers ---------------------------------------------------------------------
 
@@ -203,8 +240,14 @@ class Scheduler:
 
     def _restart_due(self) -> None:
         for seat in self.seats:
-            if seat.worker is None and time.monotonic() >= seat.restart_at:
+            if seat.closed or seat.worker or time.monotonic() < seat.restart_at:
+                continue
+            try:
                 self._start_worker(seat)
+            except OSError as error:  # No process, memory or descriptor to be had just now.
+                why = f"could not be started: {error}"
+                _log.warning("worker %d %s", seat.index, why)
+                self._plan_restart(seat, why)
 
     def _dispatch(self, call: Call) -> None:
         """Hands out batches, to the seat with the least to do first.
@@ -254,7 +297,8 @@ class Scheduler:
         due = []
         for seat in self.seats:
             if seat.worker is None:
-                due.append(seat.restart_at)
+                if not (seat.closed or self._stopped):
+                    due.append(seat.restart_at)
             elif seat.worker.hello is None or seat.worker.in_flight:
                 due.append(seat.worker.since + self._allowed_s(seat.worker))
         if not due:
@@ -270,8 +314,14 @@ class Scheduler:
         An error that ends the call is raised last: replies read together with it are not lost.
         """
         sitting = [seat for seat in self.seats if seat.worker]
-        with self._interrupts.allowed():
-            readable = wait_readable([seat.worker.channel for seat in sitting], timeout_s)
+        try:
+            with self._interrupts.allowed():
+                readable = wait_readable([seat.worker.channel for seat in sitting], timeout_s)
+        except KeyboardInterrupt as interrupt:
+            if self._stopped or not self._finishing:
+                raise
+            self._stop(interrupt)
+            return
         for seat in sitting:
             if seat.worker.channel.fileno() in readable:
                 self._read(seat)
@@ -287,6 +337,20 @@ class Scheduler:
         if self._error is not None:
             error, self._error = self._error, None
             raise error
+
+    def _stop(self, interrupt: KeyboardInterrupt) -> None:
+        """Ctrl-C: no further batch goes out, and those that workers are at may land."""
+        self._stopped = interrupt
+        working = [seat.worker for seat in self.seats if seat.worker and seat.worker.in_flight]
+        heads = [worker.in_flight[0][0] for worker in working]
+        self._in_hand = [job for job in heads if job.call is self._call]
+        prompts = sum(len(job.rows) for job in self._in_hand)
+        _log.warning("finishing the %d prompts in hand; Ctrl-C again stops at once", prompts)
+
+    def _at_work(self) -> bool:
+        """Whether a worker is still at a batch that was in hand when Ctrl-C came."""
+        workers = [seat.worker for seat in self.seats if seat.worker and seat.worker.in_flight]
+        return any(worker.in_flight[0][0] in self._in_hand for worker in workers)
 
     def _read(self, seat: Seat) -> None:
         worker = seat.worker
@@ -351,7 +415,7 @@ class Scheduler:
         result = join_result(call.verb, arrays, message.texts, dict(message.reasons))
         result = check_result(call.verb, result, message.rows, self.hello["embedding_dim"])
         self._close_head(worker)
-        self._deaths_in_a_row = 0
+        seat.deaths = 0
         self.stats["busy_s"][seat.index] += message.seconds
         for note in message.notes:
             if note not in self._said:  # Every worker, and each that replaces one, says it anew.
@@ -366,26 +430,24 @@ class Scheduler:
             raise ProtocolError(failure.message)
         if not worker.in_flight or failure.job != worker.in_flight[0][0].number:
             raise ProtocolError(f"a failure for job {failure.job}, which it was not at")
+        if device_is_lost(failure):
+            self._replace(seat, f"lost its device ({failure.message})", grace_s=0.0)
+            return
         job = self._close_head(worker)
         if job.call is not self._call:
             return
         if failure.type == "InputError":
             self._fail(InputError(failure.message))
             return
-        if not failure.retryable:
-            error = ScorerError(f"{job.call.verb} failed with {failure.type}: {failure.message}")
-            error.add_note(f"In worker {seat.index}:\n{failure.detail}")
-            self._fail(error)
-            return
         why = f"{failure.type}: {failure.message}"
         job.tries += 1
         if len(job.rows) > 1:
             _log.warning("%d prompts in one batch failed with %s; halving", len(job.rows), why)
-            self._halve(job)
+            self._halve(job, job.kills)
         elif job.tries < TRIES:
             self._queue_first(job)
         else:
-            self._give_up(job, why)
+            self._give_up(job, why, ScorerError, f"In worker {seat.index}:\n{failure.detail}")
 
     def _fail(self, error: Exception) -> None:
         """Ends the call with `error`, the first one counts, once all replies are taken in."""
@@ -406,20 +468,41 @@ class Scheduler:
         names = {"score": "prompts_scored", "answer": "prompts_answered", "embed": "ids_embedded"}
         self.stats[names[verb]] += len(rows)
         job.call.unsettled -= len(rows)
+        self._in_vain.clear()
+        self._believe()
         self._landed.append((rows, result))
 
-    def _give_up(self, job: Job, why: str) -> None:
-        """Settles the one prompt of a job without a result."""
+    def _give_up(self, job: Job, why: str, kind: type[Exception], detail: str = "") -> None:
+        """Settles the one prompt of a job without a result; `kind` of error if it is one of many.
+
+        An exception for want of memory counts like any other: no prompt fits, and so on.
+        """
         call = job.call
         if call.verb == "embed":
             id_ = int(call.arrays["ids"][job.rows[0]])
-            self._fail(WorkerError(f"{call.kind} id {id_} could not be embedded: {why}"))
-            return
-        _log.warning("gave up a prompt (%s query %d): %s", call.verb, self._query(job), why)
-        self.stats["prompts_given_up"] += 1
-        call.unsettled -= 1
-        failed = failed_score if call.verb == "score" else failed_answer
-        self._landed.append((job.rows, failed(1, why)))
+            error = WorkerError(f"{call.kind} id {id_} could not be embedded: {why}")
+        else:
+            self._in_vain.add(self._query(job))
+            if len(self._in_vain) <= IN_VAIN:
+                _log.warning("gave up a prompt (%s query %d): %s", call.verb, self._query(job), why)
+                self.stats["prompts_given_up"] += 1
+                call.unsettled -= 1
+                failed = failed_score if call.verb == "score" else failed_answer
+                self._given_up.append((job.rows, failed(1, why)))
+                if not call.unsettled:
+                    self._believe()
+                return
+            count = len(self._in_vain)
+            self._in_vain.clear()
+            error = kind(f"{call.verb} failed for {count} queries in a row, the last with {why}")
+        if detail:
+            error.add_note(detail)
+        self._fail(error)
+
+    def _believe(self) -> None:
+        """The prompts given up were at fault, and nothing else: they land as such."""
+        self._landed += self._given_up
+        self._given_up.clear()
 
     def _query(self, job: Job) -> int:
         return int(job.call.arrays["queries"][job.rows[0]])
@@ -427,22 +510,32 @@ class Scheduler:
     def _queue_first(self, job: Job) -> None:
         job.call.queues[job.home].appendleft(job)
 
-    def _halve(self, job: Job) -> None:
+    def _halve(self, job: Job, kills: int) -> None:
+        """Cuts a job in two, each as if it had ended so many workers."""
         middle = len(job.rows) // 2
         for rows in (job.rows[middle:], job.rows[:middle]):
-            kills = min(job.kills, KILLS - 1)
             half = Job(next(self._numbers), job.call, rows, job.home, kills=kills)
             self._queue_first(half)
 
-    def _suspect(self, job: Job, why: str) -> None:
-        """A worker ended while it was at this job."""
+    def _suspect(self, job: Job, seat: Seat, why: str) -> bool:
+        """A worker ended while it was at this job; returns whether the job is convicted."""
         job.kills += 1
+        job.home = self._another(seat)
         if job.kills < KILLS:
             self._queue_first(job)
-        elif len(job.rows) > 1:
-            self._halve(job)
+            return False
+        if len(job.rows) > 1:
+            # The verdict on a single prompt is final, and so it takes two to reach it.
+            self._halve(job, KILLS - 1 if len(job.rows) > 3 else max(KILLS - 2, 0))
         else:
-            self._give_up(job, f"worker died on this prompt again and again, last: it {why}")
+            last = f"worker died on this prompt again and again, last: it {why}"
+            self._give_up(job, last, WorkerError)
+        return True
+
+    def _another(self, seat: Seat) -> int:
+        """The next open seat after this one; itself where there is no other."""
+        after = self.seats[seat.index + 1 :] + self.seats[: seat.index + 1]
+        return next((other.index for other in after if not other.closed), seat.index)
 
     def _replace(
         self, seat: Seat, why: str, *, grace_s: float = _EXIT_GRACE_S, detail: str = ""
@@ -461,9 +554,6 @@ class Scheduler:
             raise error
         jobs = [job for job, _ in worker.in_flight if job.call is self._call]
         suspect = jobs.pop(0) if jobs and jobs[0] is worker.in_flight[0][0] else None
-        self._deaths_in_a_row += 1
-        backoff = self._backoff_s * 2 ** min(self._deaths_in_a_row - 1, 16)
-        seat.restart_at = time.monotonic() + min(backoff, _LONGEST_BACKOFF_S)
         _log.warning(
             "worker %d %s with %d prompts in hand; restarting it",
             seat.index,
@@ -472,14 +562,23 @@ class Scheduler:
         )
         for job in reversed(jobs):
             self._queue_first(job)
-        if suspect:
-            self._suspect(suspect, why)
-        if self._deaths_in_a_row > self._max_restarts:
-            raise WorkerError(
-                f"{self._deaths_in_a_row} workers in a row ended without one result; "
-                f"the last one {why}"
-            )
-        self.stats["restarts"] += 1
+        explained = suspect is not None and self._suspect(suspect, seat, why)
+        self._plan_restart(seat, why, explained=explained)
+
+    def _plan_restart(self, seat: Seat, why: str, *, explained: bool = False) -> None:
+        """When the next worker may sit here, if any: an end that a batch explains is no sign."""
+        seat.deaths = 0 if explained else seat.deaths + 1
+        backoff = self._backoff_s * 2 ** min(max(seat.deaths - 1, 0), 16)
+        seat.restart_at = time.monotonic() + min(backoff, _LONGEST_BACKOFF_S)
+        if seat.deaths <= self._max_restarts:
+            self.stats["restarts"] += 1
+            return
+        why = f"{seat.deaths} workers in a row ended without one result; the last one {why}"
+        if sum(not other.closed for other in self.seats) == 1:
+            raise WorkerError(why)
+        seat.closed = True
+        self.stats["workers_closed"] += 1
+        _log.warning("place %d of a worker is closed, the others go on: %s", seat.index, why)
 
     # Goodbye ---------------------------------------------------------------------------------
 

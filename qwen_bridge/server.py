@@ -137,7 +137,10 @@ def serve(channel: Channel, arena_fd: int) -> int:
         try:
             body = encode(run_request(scorer, request, arena, embedding_dim))
         except Exception as error:
-            body = encode(failure_of(error, request.job, traceback.format_exc()))
+            _reply(channel, failure_of(error, request.job, traceback.format_exc()))
+            if hasattr(scorer, "empty_caches"):  # Nothing half done outlives the exception.
+                scorer.empty_caches()
+            continue
         channel.send(body, _SEND_S)
     return 0
 

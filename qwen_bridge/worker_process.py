@@ -115,8 +115,9 @@ class WorkerProcess:
 
     def dump_stack(self) -> None:
         """Asks a hung worker to print where it hangs, to stderr; works inside C code too."""
-        os.kill(self.pid, signal.SIGUSR1)
-        time.sleep(0.1)
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(self.pid, signal.SIGUSR1)
+            time.sleep(0.1)
 
     def ask_to_leave(self) -> None:
         """Says goodbye without waiting: an idle worker returns, a busy one stops at once."""

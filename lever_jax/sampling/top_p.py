@@ -14,11 +14,22 @@ def nucleus(log_probs: jax.Array, p: float | jax.Array) -> jax.Array:
 
     An action is in it where all actions more probable than it have less than p together; so the
     most probable always is, and equals stand or fall together, whatever their order in the pool.
+
+    The least probable action of the nucleus is found by bisection, which a CPU does several times
+    faster than a sort: floats that are not negative have the order of their bits.
     """
-    ordered = -jnp.sort(-log_probs)
-    before = jnp.cumsum(jnp.exp(ordered)) - jnp.exp(ordered)
-    inside = (before < p).at[0].set(True)
-    return log_probs >= jnp.min(jnp.where(inside, ordered, jnp.inf))
+    probs = jnp.exp(log_probs)
+    bits = jax.lax.bitcast_convert_type(probs, jnp.int32)
+
+    def halve(_, span):
+        low, high = span  # Outside the nucleus, and the most probable inside, as far as known.
+        middle = low + (high - low) // 2
+        enough = jnp.sum(jnp.where(bits > middle, probs, 0.0)) >= p
+        return jnp.where(enough, middle, low), jnp.where(enough, high, middle)
+
+    span = jnp.int32(-1), jnp.max(bits)
+    _, least = jax.lax.fori_loop(0, 31, halve, span)
+    return bits >= least
 
 
 def sample_top_p(

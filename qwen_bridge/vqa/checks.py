@@ -22,6 +22,7 @@ from qwen_bridge.vqa.images import (
     BrokenImageError,
     ImageFolders,
     MissingImageError,
+    OutsideImageError,
     upright_rgb,
 )
 
@@ -239,6 +240,8 @@ def _look(folders: ImageFolders, how: str, key: str) -> _Picture:
                 digest = hashlib.sha256(folders.path(key).read_bytes()).digest()
     except MissingImageError as error:
         return _Picture(key, fault=("missing_image", str(error)))
+    except OutsideImageError as error:
+        return _Picture(key, fault=("bad_image_name", str(error)))
     except BrokenImageError as error:
         return _Picture(key, fault=("broken_image", str(error)))
     fault = None

@@ -5,6 +5,7 @@ format its questions came in.
 """
 
 import contextlib
+import functools
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -35,6 +36,10 @@ class MissingImageError(InputError):
     """There is no file under the image's name."""
 
 
+class OutsideImageError(InputError):
+    """The file is a link, or behind one, that leads out of the image folder."""
+
+
 class BrokenImageError(InputError):
     """The file cannot be decoded as a picture, or is larger than any picture should be."""
 
@@ -59,9 +64,23 @@ class ImageFolders:
         return role if role in self.paths else "bank"
 
     def path(self, key: str) -> Path:
-        """Where the image is, or should be."""
+        """Where the image is, or should be.
+
+        Raises:
+          OutsideImageError: a link leads out of the folder; the folder itself may be a link.
+        """
         folder, _, file = key.partition("/")
-        return self.paths[folder] / file
+        path = self.paths[folder] / file
+        if not path.resolve().is_relative_to(self._resolved[folder]):
+            raise OutsideImageError(
+                f"{path}: leads to {path.resolve()}, out of the image folder; copy the file there, "
+                f"or give its own folder with --{folder}_images"
+            )
+        return path
+
+    @functools.cached_property
+    def _resolved(self) -> dict[str, Path]:
+        return {role: path.resolve() for role, path in self.paths.items()}
 
     @contextlib.contextmanager
     def open(self, key: str) -> Iterator[Image.Image]:
@@ -69,6 +88,7 @@ class ImageFolders:
 
         Raises:
           MissingImageError: no file.
+          OutsideImageError: a link leads out of the folder.
           BrokenImageError: not a picture, or too large; also where the caller's reading fails.
         """
         path = self.path(key)

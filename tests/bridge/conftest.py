@@ -1,52 +1,13 @@
 """Environments with the trivial scorer, and the check that they leave nothing behind."""
 
-import contextlib
 import os
 import signal
 from pathlib import Path
 
 import pytest
+from leaks import leaving_nothing
 
 from qwen_bridge.client import Environment
-
-
-def children() -> set[int]:
-    """Process ids whose parent is this process, zombies included."""
-    found = set()
-    for stat in Path("/proc").glob("[0-9]*/stat"):
-        try:
-            fields = stat.read_text().rpartition(")")[2].split()
-        except OSError:
-            continue
-        if int(fields[1]) == os.getpid():
-            found.add(int(stat.parent.name))
-    return found
-
-
-def descriptors() -> dict[str, str]:
-    """Open file descriptors of this process and what they are."""
-    found = {}
-    for name in os.listdir("/proc/self/fd"):
-        try:
-            found[name] = os.readlink(f"/proc/self/fd/{name}")
-        except OSError:
-            continue
-    return found
-
-
-def mappings() -> int:
-    """How many memory mappings of the bridge this process has."""
-    return Path("/proc/self/maps").read_text().count("qwen_bridge (deleted)")
-
-
-@contextlib.contextmanager
-def leaving_nothing():
-    """Fails where its body leaves a process, a descriptor or shared memory behind."""
-    before = children(), descriptors(), mappings()
-    yield
-    assert children() == before[0]
-    assert descriptors() == before[1]
-    assert mappings() == before[2]
 
 
 @pytest.fixture
@@ -61,7 +22,8 @@ def allow_trivial():
     """Lets workers find and use the trivial scorer."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("QWEN_BRIDGE_FACTORIES", "trivial_scorer")
-        patch.setenv("PYTHONPATH", str(Path(__file__).parent))
+        here = Path(__file__).parent
+        patch.setenv("PYTHONPATH", os.pathsep.join(map(str, (here, here.parent))))
         patch.delenv("OMP_NUM_THREADS", raising=False)
         yield
 

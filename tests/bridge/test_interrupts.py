@@ -68,6 +68,48 @@ def test_held_within_allowed():
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
+def test_the_second_is_delivered_and_the_first_waits():
+    steps = []
+
+    def work(times):
+        interrupts = Interrupts()
+        with interrupts.held():
+            with interrupts.allowed(but_the_first=True):
+                for step in range(times):
+                    interrupt()
+                    steps.append(step)
+            steps.append("after")
+            with interrupts.allowed():
+                steps.append("never")
+
+    with pytest.raises(KeyboardInterrupt):
+        work(1)
+    assert steps == [0, "after"]
+    steps.clear()
+    with pytest.raises(KeyboardInterrupt):
+        work(3)
+    assert steps == [0]
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_only_ctrl_c_waits_for_a_second_one():
+    def stop(number, frame):
+        raise SystemExit(number)
+
+    def work():
+        interrupts = Interrupts()
+        with interrupts.held(), interrupts.allowed(but_the_first=True):
+            os.kill(os.getpid(), signal.SIGTERM)
+            raise AssertionError("not reached")
+
+    previous = signal.signal(signal.SIGTERM, stop)
+    try:
+        with pytest.raises(SystemExit):
+            work()
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_the_users_handler_is_called_once_for_each(number):
     seen = []

@@ -18,6 +18,14 @@ def make_world(tmp_path):
         world.store.close()
 
 
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """One world for all tests of a file: its samplers are compiled once."""
+    world = World(tmp_path_factory.mktemp("world"))
+    yield world
+    world.store.close()
+
+
 @pytest.fixture(scope="session")
 def trained(tmp_path_factory):
     """A finished small run: its workdir, its flags, and what it printed."""

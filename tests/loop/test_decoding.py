@@ -9,7 +9,7 @@ import jax
 import numpy as np
 import pytest
 from fake import FakeEnvironment, key, worth
-from small_world import World, no_bar
+from small_world import no_bar
 
 from lever_jax.decoding import DECODINGS, answer_best, decode, is_oracle, other_orders
 from lever_jax.policy import sequence_log_probs
@@ -41,14 +41,6 @@ class UnsureEnvironment(FakeEnvironment):
 def confidence(query, pointer):
     """A number in [0, 1] that follows from the prompt."""
     return zlib.crc32(repr(key(query, pointer)).encode()) / 2**32
-
-
-@pytest.fixture(scope="module")
-def world(tmp_path_factory):
-    """One world for all tests here: its samplers are compiled once."""
-    world = World(tmp_path_factory.mktemp("world"))
-    yield world
-    world.store.close()
 
 
 @pytest.fixture

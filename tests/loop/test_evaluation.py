@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import scipy.stats
 from fake import FakeEnvironment, worth
-from small_world import PARTS, World, no_bar
+from small_world import PARTS, no_bar
 
 from lever_jax.errors import InputError
 from lever_jax.evaluation import EvaluationConfig, best_similarity, evaluate, gap_closed
@@ -15,14 +15,6 @@ from lever_jax.scoring import ScoringService
 from lever_jax.store import Store
 
 CONFIG = EvaluationConfig(shots=(1, 2), random_seeds=2, oracle_beam=8)
-
-
-@pytest.fixture(scope="module")
-def world(tmp_path_factory):
-    """One world for all tests here: its samplers are compiled once."""
-    world = World(tmp_path_factory.mktemp("world"))
-    yield world
-    world.store.close()
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ from absl import flags
 from absl.testing import flagsaver
 
 from experiments import configs, phases, run_folder, session, settings
-from lever_jax.mining import Proposer, on_policy_round
+from lever_jax.on_policy import draw, judge
 
 SMALL = {
     "bank_size": 200, "num_queries": 10, "num_eval": 5, "pool_size": 12, "proposals": 48,
@@ -31,16 +31,19 @@ def run(scorer, workdir):
             selector = phases.fresh(opened)
             phases.mine_data(opened, selector)
             mined = opened.store.get_proposals(phases.mining_stage(selector))
-            groups, scores = on_policy_round(
-                opened.train,
-                np.arange(len(opened.train)),
-                Proposer(opened.policy, opened.train.table),
+            drawn = draw(
+                opened.train_proposer,
                 selector.params,
                 jax.random.key(3),
-                opened.service,
-                configs.reward_config(),
+                np.arange(len(opened.train)),
                 shots=2,
                 group_size=settings.GROUP_SIZE.value,
+            )
+            groups, scores = judge(
+                opened.train,
+                drawn,
+                opened.service,
+                configs.reward_config(),
                 verify="all",
                 config=configs.mining_config(),
                 label="round",

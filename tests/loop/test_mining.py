@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from fake import FakeEnvironment, worth
 
+from lever_jax.batches import Batches
 from lever_jax.errors import InputError
 from lever_jax.mining import (
     MiningConfig,
@@ -17,11 +18,11 @@ from lever_jax.mining import (
     mine,
     mined_candidates,
     mined_groups,
-    on_policy_round,
     uniform_sample,
 )
+from lever_jax.on_policy import draw, judge
 from lever_jax.policy import sequence_log_probs
-from lever_jax.training import LossConfig, batches, init_state, make_optimizer, make_step
+from lever_jax.training import LossConfig, init_state, make_optimizer, make_step
 
 CONFIG = MiningConfig(
     proposals=20,
@@ -214,10 +215,7 @@ def test_a_pointer_outside_its_pool_is_refused(make_world):
 def test_on_policy_rounds_carry_the_policys_own_log_probs(make_world, verify):
     world = make_world()
     rows = np.array([2, 5, 11])
-    groups, scores = on_policy_round(
-        world.queries, rows, world.proposer, world.params, jax.random.key(3), world.service,
-        RewardConfig(), shots=2, group_size=16, verify=verify, config=CONFIG, label="x",
-    )  # fmt: skip
+    groups, scores = on_policy_round(world, rows, verify)
     assert groups.query_rows.tolist() == rows.tolist()
     assert groups.pointers.shape == (3, 16, 2)
     if verify == "all":
@@ -236,17 +234,21 @@ def test_on_policy_rounds_carry_the_policys_own_log_probs(make_world, verify):
         )
 
 
-def sbs_round(world, **options):
-    return on_policy_round(
-        world.queries, np.array([2, 5, 11]), world.proposer, world.params, jax.random.key(3),
-        world.service, RewardConfig(), shots=2, group_size=16, config=CONFIG, label="x",
-        draws="sbs", **options,
-    )  # fmt: skip
+def on_policy_round(world, rows, verify, **options):
+    key = jax.random.key(3)
+    drawn = draw(world.proposer, world.params, key, rows, shots=2, group_size=16, **options)
+    return judge(
+        world.queries, drawn, world.service, RewardConfig(), verify=verify, config=CONFIG, label="x"
+    )
+
+
+def sbs_round(world, verify):
+    return on_policy_round(world, np.array([2, 5, 11]), verify, draws="sbs")
 
 
 def test_groups_without_replacement_train_with_their_inclusion_probabilities(make_world):
     world = make_world()
-    groups, _ = sbs_round(world, verify="all")
+    groups, _ = sbs_round(world, "all")
     assert groups.mask.all()
     for pointers in groups.pointers.tolist():  # every pointer of a group is another one
         assert len(set(map(tuple, pointers))) == 16
@@ -256,23 +258,19 @@ def test_groups_without_replacement_train_with_their_inclusion_probabilities(mak
     optimizer = make_optimizer(1e-3, steps=4)
     step = make_step("grpo", world.policy, optimizer, LossConfig(draws="sbs"))
     state = init_state(world.params, optimizer)
-    for batch in batches(groups, 2, (0,)):  # the second is padded
+    for batch in Batches(groups, 2).epoch((0,)):  # the second is padded
         state, metrics = step(state, world.params, world.queries.table, batch)
         assert np.isfinite([float(value) for value in metrics.values()]).all()
         assert float(metrics["grad_norm"]) > 0
-    assert step._cache_size() == 1
+    assert step.programs() == 1
 
 
 def test_groups_without_replacement_are_answered_whole(make_world):
     with pytest.raises(InputError, match="--draws=sbs weighs every pointer"):
-        sbs_round(make_world(), verify="top_m")
+        sbs_round(make_world(), "top_m")
 
 
 def test_unknown_verify_names_the_flag(make_world):
     world = make_world()
     with pytest.raises(InputError, match="--verify=some is not one of all, top_m"):
-        on_policy_round(
-            world.queries, np.array([0]), world.proposer, world.params, jax.random.key(0),
-            world.service, RewardConfig(), shots=2, group_size=4, verify="some", config=CONFIG,
-            label="x",
-        )  # fmt: skip
+        on_policy_round(world, np.array([0]), "some")

@@ -22,7 +22,6 @@ from qwen_bridge.errors import InputError
 from qwen_bridge.shape import PUBLISHED
 
 ROOT = pathlib.Path(__file__).parents[2]
-SHARED = ROOT.parent / "shared" / "data"
 FLAG_FILES = sorted((ROOT / "experiments" / "flags").glob("*.flags"))
 OKVQA = f"--flagfile={ROOT / 'experiments' / 'flags' / 'okvqa_3b_1gpu.flags'}"
 
@@ -32,13 +31,6 @@ def own_flags():
     """Every test sets flags of its own."""
     with flagsaver.flagsaver():
         yield
-
-
-@pytest.fixture
-def shared():
-    if not SHARED.is_dir():
-        pytest.skip(f"needs the real data in {SHARED}, which are not part of the product")
-    return SHARED
 
 
 def plan(*given, phases="train"):

@@ -7,12 +7,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from lever_jax.batches import Batches
 from lever_jax.training import (
     GroupBatch,
     LossConfig,
-    batches,
     init_state,
-    log_probs_of,
+    make_log_probs,
     make_optimizer,
     make_step,
 )
@@ -33,16 +33,11 @@ def random_groups(world, seed=0, count=12, group=6, shots=2):
 
 
 def with_behaviour(world, params, groups):
-    log_probs = log_probs_of_groups(world.policy, params, world.queries.table, groups)
+    log_probs = log_probs_of_groups(world.policy)(params, world.queries.table, groups)
     return groups._replace(behaviour_log_probs=np.asarray(log_probs))
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def log_probs_of_groups(policy, params, table, groups):
-    query, pool = table.read(groups.query_rows)
-    return jax.vmap(lambda q, p, x: log_probs_of(policy, params, q, p, x)[0])(
-        query, pool, groups.pointers
-    )
+log_probs_of_groups = functools.cache(make_log_probs)
 
 
 @pytest.mark.parametrize(("kind", "least"), [("supervised", 0.5), ("rce", 0.5), ("grpo", 0.1)])
@@ -128,15 +123,37 @@ def test_flat_groups_are_dropped_and_counted(make_world):
         assert float(metrics["flat_share"]) == pytest.approx(9 / 12)
 
 
-def test_donation_leaves_the_starting_parameters_alone(make_world):
+def test_donation_deletes_the_old_state_and_leaves_the_starting_parameters_alone(make_world):
     world = make_world()
     groups = with_behaviour(world, world.params, random_groups(world))
     optimizer = make_optimizer(1e-3, steps=10)
     step = make_step("grpo", world.policy, optimizer, LossConfig())
     state = init_state(world.params, optimizer)
-    for _ in range(2):
-        state, _ = step(state, world.params, world.queries.table, groups)
+    for batch in (groups, groups, [groups, groups]):
+        old = state
+        state, _ = step(state, world.params, world.queries.table, batch)
+        assert all(x.is_deleted() for x in jax.tree.leaves((old.params, old.opt_state)))
     assert all(np.isfinite(np.asarray(x)).all() for x in jax.tree.leaves(world.params))
+
+
+def test_the_average_is_that_of_all_steps_with_decaying_weights(make_world):
+    world = make_world()
+    groups = random_groups(world)
+    optimizer = make_optimizer(1e-2, steps=5)
+    step = make_step("rce", world.policy, optimizer, LossConfig(), ema=0.8)
+    averaged = init_state(world.params, optimizer, averaged=True)
+    plain, seen = init_state(world.params, optimizer), []
+    for _ in range(4):
+        averaged, _ = step(averaged, world.params, world.queries.table, groups)
+        plain, _ = step(plain, world.params, world.queries.table, groups)
+        seen.append(jax.tree.map(np.array, plain.params))
+        for a, b in zip(jax.tree.leaves(averaged.params), jax.tree.leaves(plain.params)):
+            np.testing.assert_allclose(a, b, atol=1e-6)  # the average trains nothing
+    weights = 0.8 ** np.arange(4)[::-1]
+    wanted = jax.tree.map(lambda *x: np.average(x, axis=0, weights=weights), *seen)
+    for a, b in zip(jax.tree.leaves(averaged.evaluated), jax.tree.leaves(wanted)):
+        np.testing.assert_allclose(a, b, atol=1e-6)
+    assert plain.evaluated is plain.params
 
 
 def test_a_phase_compiles_once(make_world):
@@ -145,24 +162,11 @@ def test_a_phase_compiles_once(make_world):
     optimizer = make_optimizer(1e-3, steps=10)
     step = make_step("rce", world.policy, optimizer, LossConfig())
     state = init_state(world.params, optimizer)
+    batches = Batches(groups, 5)
     for epoch in range(3):
-        for batch in batches(groups, 5, (0, epoch)):
+        for batch in batches.epoch((0, epoch)):
             state, _ = step(state, world.params, world.queries.table, batch)
-    assert step._cache_size() == 1
-
-
-def test_batches_hold_every_group_once(make_world):
-    groups = random_groups(make_world())
-    rows = [
-        row
-        for batch in batches(groups, 5, (1,))
-        for row, mask in zip(batch.query_rows, batch.mask)
-        if mask.any()
-    ]
-    assert sorted(rows) == list(range(12))
-    again = [batch.query_rows.tolist() for batch in batches(groups, 5, (1,))]
-    assert again == [batch.query_rows.tolist() for batch in batches(groups, 5, (1,))]
-    assert all(len(rows) == 5 for rows in again)
+    assert step.programs() == 1
 
 
 def test_the_optimizer_warms_up_and_decays():

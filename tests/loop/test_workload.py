@@ -9,7 +9,8 @@ import pytest
 from experiments.workload import RunConfig, mining_phases, search_levels, training_phases
 from lever_jax.decoding import DECODINGS
 from lever_jax.evaluation import EvaluationConfig, answer_picks, evaluate
-from lever_jax.mining import MiningConfig, RewardConfig, mine, on_policy_round
+from lever_jax.mining import MiningConfig, RewardConfig, mine
+from lever_jax.on_policy import draw, judge
 from lever_jax.search import search_pools
 from lever_jax.types import Rollouts
 
@@ -97,20 +98,10 @@ def run_phases(world, run):
     yield picks("warm-up" if run.warms_up else "the start")
     yield picks("RCE")
     for _ in range(run.grpo_epochs):
-        on_policy_round(
-            queries,
-            np.arange(run.train),
-            proposer,
-            None,
-            key,
-            service,
-            RewardConfig(),
-            shots=run.shots,
-            group_size=run.group_size,
-            verify=run.verify,
-            config=run.mining,
-            label="GRPO",
-        )
+        sizes = {"shots": run.shots, "group_size": run.group_size}
+        drawn = draw(proposer, None, key, np.arange(run.train), **sizes)
+        options = {"verify": run.verify, "config": run.mining, "label": "GRPO"}
+        judge(queries, drawn, service, RewardConfig(), **options)
     if run.grpo_epochs:
         yield "GRPO rounds", meter.read()
         yield picks("GRPO")

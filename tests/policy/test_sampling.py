@@ -228,6 +228,19 @@ def test_ties_go_to_the_candidate_that_stands_first(table):
     np.testing.assert_array_equal(rollouts.pointers, [[1, 2], [1, 4], [1, 5], [2, 1]])
 
 
+@pytest.mark.parametrize("size", [1, 5, 64, 500])
+def test_nucleus_is_that_of_a_sorted_list(size):
+    rng = np.random.default_rng(size)
+    for p in (0.1, 0.5, 0.9, 0.999, 1.0):
+        probs = rng.dirichlet(np.full(size, 0.3)).astype(np.float32)
+        log_probs = np.log(np.maximum(probs, 1e-30))
+        probs = np.exp(log_probs).astype(np.float64)
+        reached = np.array([probs[probs > own].sum() for own in probs])
+        clear = np.abs(reached - p) > 1e-5  # Else rounding decides.
+        inside = np.asarray(sampling.nucleus(log_probs, p))
+        np.testing.assert_array_equal(inside[clear], (reached < p)[clear])
+
+
 def test_nucleus_keeps_equals_together():
     log_probs = jnp.log(jnp.array([0.4, 0.2, 0.2, 0.2]))
     np.testing.assert_array_equal(sampling.nucleus(log_probs, 0.3), [True, False, False, False])

@@ -131,6 +131,56 @@ def test_every_cut_or_changed_file_is_refused(path, tmp_path):
                 checkpoint.restore(copy, abstract(state))
 
 
+@pytest.mark.parametrize("how", ["cut", "flip"])
+def test_no_damage_restores_wrong_parameters(path, how):
+    """Three hundred random places over all files; what is left in them is restored, or refused."""
+    state = make_state(dtype=jnp.bfloat16)
+    checkpoint.save(path, state, METADATA)
+    like = abstract(state)
+    files = sorted(p for p in path.rglob("*") if p.is_file() and p.stat().st_size)
+    rng = np.random.default_rng(3)
+    for number in range(300):
+        file = files[number % len(files)]
+        whole = file.read_bytes()
+        at = int(rng.integers(len(whole)))
+        damaged = bytearray(whole)
+        if how == "cut":
+            del damaged[at:]
+        else:
+            damaged[at] ^= 1 << int(rng.integers(8))
+        file.write_bytes(damaged)
+        with pytest.raises(InputError, match=str(file)):
+            checkpoint.restore(path, like)
+        file.write_bytes(whole)
+    assert_equal(checkpoint.restore(path, like)[0], state)
+
+
+def test_the_best_of_a_run_is_kept(path):
+    def offer(weight, value, recipe="a", figure="reward"):
+        tree, metadata = {"w": jnp.full(2, weight)}, {"recipe": recipe, "round": int(weight)}
+        return checkpoint.save_if_best(path, tree, metadata, figure=figure, value=value)
+
+    def kept():
+        tree, metadata = checkpoint.restore(path, {"w": jnp.zeros(2)})
+        return float(tree["w"][0]), metadata
+
+    assert not offer(1.0, np.nan)
+    assert not checkpoint.exists(path)
+    assert [offer(2.0, 0.5), offer(3.0, 0.5), offer(4.0, 0.4), offer(5.0, np.nan)] == [
+        True, False, False, False,
+    ]  # fmt: skip
+    best_by = {"figure": "reward", "value": 0.5}
+    assert kept() == (2.0, {"recipe": "a", "round": 2, "best_by": best_by})
+    assert offer(6.0, np.float32(0.75))
+    assert kept()[1]["best_by"]["value"] == 0.75
+    assert offer(7.0, 0.1, recipe="b")  # Another run: its first state is its best so far.
+    assert offer(8.0, 0.0, recipe="b", figure="accuracy")
+    assert kept()[0] == 8.0
+    (path / "metadata.json").write_text("{}")
+    with pytest.raises(InputError, match="cut or edited"):
+        offer(9.0, 1.0, recipe="b", figure="accuracy")
+
+
 def test_edited_metadata_is_refused(path):
     checkpoint.save(path, {"w": jnp.ones(2)}, {"phase": "rce"})
     file = path / "metadata.json"

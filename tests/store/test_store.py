@@ -211,6 +211,7 @@ def test_proposals_are_unique_as_ordered_tuples(store):
     queries = np.array([2, 2, 1, 2, 1])
     pointers = np.array([[5, 4], [4, 5], [5, 4], [5, 4], [6, -1]])
     sources = ["beam", "random", "beam", "random", "policy"]
+    store.put_scores([scored(q, p) for q, p in [(2, (5, 4)), (2, (4, 5)), (1, (5, 4))]])
     log_probs = np.array([-1.5, np.nan, -0.0, -2.0, -3.0], np.float32)
     assert store.put_proposals("warmup", queries, pointers, sources, log_probs) == 4
     assert store.put_proposals("warmup", queries, pointers, sources, log_probs) == 0
@@ -228,6 +229,9 @@ def test_proposals_are_unique_as_ordered_tuples(store):
     assert store.get_proposals("grpo").pointers.shape == (0, 0)
     with pytest.raises(StoreError, match=r"stage rce, query_id 1, pointer \(5, 4\)"):
         store.mark_kept("rce", [1], [[5, 4]], [True])
+    lost = "table proposals, stage warmup, query_id 1, pointer (6,) was proposed and has no score"
+    assert store.verify() == [lost]
+    store.put_scores([scored(1, (6,))])
     assert store.verify() == []
 
 
@@ -326,13 +330,14 @@ def test_migrations_go_forward_only(store, path, monkeypatch):
     newer = [*schema.MIGRATIONS, ("ALTER TABLE stages ADD COLUMN note TEXT",)]
     with monkeypatch.context() as patch:
         patch.setattr(schema, "MIGRATIONS", newer)
-        with pytest.raises(StoreError, match="older schema"):
-            Store.open(path, read_only=True)
+        with Store.open(path, read_only=True) as reader:  # As it is.
+            assert schema.version(reader._db) == 2
+            assert get(reader, [scored(1, (2,))]) == [scored(1, (2,))]
         with Store.open(path, FINGERPRINT) as migrated:
-            assert schema.version(migrated._db) == 2
+            assert schema.version(migrated._db) == 3
             assert get(migrated, [scored(1, (2,))]) == [scored(1, (2,))]
         Store.open(path, FINGERPRINT).close()
-    with pytest.raises(StoreError, match="schema version 2, this code knows 1 to 1"):
+    with pytest.raises(StoreError, match="schema version 3, this code knows 1 to 2"):
         Store.open(path, FINGERPRINT)
 
 

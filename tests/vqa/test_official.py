@@ -190,6 +190,28 @@ def test_a_decompression_bomb_is_refused(world, size, message):
         data.load_image(data.bank[0].image)
 
 
+def test_links_that_leave_the_image_folder_are_refused(world, tmp_path):
+    data = world.load()
+    key, images = data.bank[0].image, world.folder / "images"
+    file = images / key.partition("/")[2]
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    (elsewhere / file.name).write_bytes(picture(format="PNG"))
+    file.unlink(missing_ok=True)
+    file.symlink_to(elsewhere / file.name)
+    with pytest.raises(InputError, match=r"leads to .*elsewhere.*out of the image folder"):
+        data.load_image(key)
+    file.unlink()
+    (images / "inside.png").write_bytes(picture(format="PNG"))
+    file.symlink_to("inside.png")  # One that stays is as good as a file.
+    assert data.load_image(key).size == (3, 2)
+    linked = tmp_path / "linked"
+    linked.symlink_to(images)  # The user's own choice of a folder, too.
+    moved = world.load(bank_images=linked)
+    assert moved.load_image(key).size == (3, 2)
+    assert moved.fingerprint == data.fingerprint
+
+
 def test_keys_of_a_shared_folder_are_the_same_for_bank_and_queries(tmp_path):
     world = World(tmp_path, query_images=(1, 1, 2, 2))
     images = world.folder / "images"

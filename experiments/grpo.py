@@ -1,0 +1,320 @@
+"""The on-policy rounds of GRPO: the VLM judges one round while JAX trains on another.
+
+With `--overlap`, while the VLM judges round i (main thread), a second thread trains on round i - 1
+and then draws round i + 1, so that neither waits for the other. What decides the result is fixed
+whatever the timing: the policy before round i's updates draws round i + 1, which is therefore one
+round behind when it is trained on; its log-probabilities under the policy that drew it are kept,
+and the clipped ratio corrects for the rest. The VLM, the store and Ctrl-C stay in the main thread,
+JAX lets go of Python's lock as it computes.
+
+After each round a partial checkpoint holds the state and the parameters that drew the round in
+flight; it is drawn again from them when a run is resumed.
+"""
+
+import concurrent.futures
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from experiments import configs, settings
+from experiments.idle import IdleShares
+from experiments.metrics import MetricsLog
+from experiments.progress import note
+from experiments.session import Session
+from experiments.watch import Watch, known_picks
+from lever_jax import checkpoint
+from lever_jax.batches import Batches
+from lever_jax.compilations import count_compilations
+from lever_jax.on_policy import Drawn, draw, judge
+from lever_jax.parallel import device_count, replicated
+from lever_jax.policy import Params
+from lever_jax.proposing import phase_key
+from lever_jax.training import (
+    GroupBatch,
+    copied,
+    init_state,
+    make_log_probs,
+    make_optimizer,
+    make_step,
+)
+
+PARTIAL = "grpo_rounds"
+
+
+class _Drawn(NamedTuple):
+    """A round that the VLM can judge, and the greedy picks [n, S] of the policy that drew it."""
+
+    groups: Drawn
+    greedy: np.ndarray
+
+
+class _Judged(NamedTuple):
+    """A round that can be trained on."""
+
+    number: int
+    groups: GroupBatch
+    metrics: dict[str, float]
+
+
+def train_rounds(
+    session: Session, reference: Params, recipe: str, log: MetricsLog, *, shots: int
+) -> Params | None:
+    """Trains over all rounds, or over those that an earlier run of the recipe left.
+
+    Args:
+      session: the run.
+      reference: parameters to start from, and that the KL is measured to.
+      recipe: of the phase.
+      log: takes the metrics of every step.
+      shots: S.
+
+    Returns:
+      The parameters to evaluate; None where every group of every round was flat.
+    """
+    with count_compilations() as compiled:
+        rounds = _Rounds(session, reference, recipe, log, shots, compiled)
+        if settings.OVERLAP.value:
+            _overlapped(rounds)
+        else:
+            _in_turn(rounds)
+        rounds.summarise()
+    return rounds.state.evaluated if rounds.learnt else None
+
+
+def _in_turn(rounds: "_Rounds") -> None:
+    """Draws, judges and trains on one round after the other."""
+    for number in range(rounds.first, len(rounds)):
+        rounds.train(rounds.judge(number, rounds.draw_due(number)))
+
+
+def _overlapped(rounds: "_Rounds") -> None:
+    """Trains on the round before, and draws the next, while a round is judged."""
+    if rounds.first == len(rounds):
+        return
+
+    def meanwhile(judged: _Judged | None, following: int) -> _Drawn | None:
+        if judged is None:
+            rounds.compile()
+        else:
+            rounds.train(judged)
+        return rounds.draw_ahead(following) if following < len(rounds) else None
+
+    drawn, judged = rounds.draw_due(rounds.first), None
+    with concurrent.futures.ThreadPoolExecutor(1, "training") as thread:
+        for number in range(rounds.first, len(rounds)):
+            work = thread.submit(meanwhile, judged, number + 1)
+            judged = rounds.judge(number, drawn, work)
+            drawn = work.result()
+    rounds.train(judged)
+
+
+class _Rounds:
+    """State of the training, and what is done with each round.
+
+    `draw` and `train` need JAX only, `judge` the VLM and the store: each may have its thread.
+
+    Attributes:
+      state: of the training.
+      first: the round to begin with.
+      learnt: whether any group so far was not flat.
+    """
+
+    def __init__(
+        self,
+        session: Session,
+        reference: Params,
+        recipe: str,
+        log: MetricsLog,
+        shots: int,
+        compiled: Callable[[], int],
+    ):
+        self._session, self._recipe, self._log, self._shots = session, recipe, log, shots
+        count, size = len(session.train), settings.GRPO_QUERIES.value
+        self._rounds = [
+            (epoch, start)
+            for epoch in range(settings.GRPO_EPOCHS.value)
+            for start in range(0, count, size)
+        ]
+        self._batch_size = min(settings.BATCH_QUERIES.value, size, count)
+        steps = sum(
+            settings.GRPO_UPDATES.value * -(-min(size, count - start) // self._batch_size)
+            for _, start in self._rounds
+        )
+        mesh, ema, config = session.mesh, settings.EMA.value, configs.loss_config()
+        optimizer = make_optimizer(settings.GRPO_RATE.value, steps=steps)
+        self._step = make_step("grpo", session.policy, optimizer, config, ema=ema, mesh=mesh)
+        self._log_probs = make_log_probs(session.policy, mesh)
+        self._table, self._reference, self.state = replicated(
+            mesh,
+            (session.train.table, reference, init_state(reference, optimizer, averaged=ema > 0)),
+        )
+        # The parameters that draw, or drew, the round that is trained on next.
+        self._behaviour = copied(self.state.params)
+        self.first, self.learnt = 0, False
+        self._partial = session.workdir / "checkpoints" / PARTIAL
+        self._resume()
+        self._watch = Watch(session.workdir, recipe, int(self.state.step))
+        self._key = phase_key(settings.SEED.value, "grpo")
+        self._compiled, self._warm = compiled, None
+        self._shares = IdleShares(session.environment)
+
+    def __len__(self) -> int:
+        return len(self._rounds)
+
+    def draw_due(self, number: int) -> _Drawn:
+        """Draws round `number`, the next to be trained on."""
+        return self._draw(number, self._behaviour)
+
+    def draw_ahead(self, number: int) -> _Drawn:
+        """Draws round `number`, which follows the next, from the present policy."""
+        return self._draw(number, self.state.params)
+
+    def judge(
+        self, number: int, drawn: _Drawn, meanwhile: concurrent.futures.Future | None = None
+    ) -> _Judged:
+        """Has the VLM judge a round; then waits for what JAX does meanwhile."""
+        session = self._session
+        self._shares.begin()
+        groups, scores = judge(
+            session.train,
+            drawn.groups,
+            session.service,
+            configs.reward_config(),
+            verify=settings.VERIFY.value,
+            config=configs.mining_config(),
+            label=f"GRPO round {number + 1}/{len(self)}",
+        )
+        metrics = {}
+        if len(groups.query_rows):
+            metrics = {
+                "sample_reward": np.nanmean(scores["reward"]),
+                "sample_accuracy": np.nanmean(scores["accuracy"]),
+                **known_picks(session, drawn.greedy, drawn.groups.rows),
+            }
+        if meanwhile is not None:
+            meanwhile.result()
+        return _Judged(number, groups, {**metrics, **self._shares.since_last()})
+
+    def train(self, judged: _Judged) -> None:
+        """The updates on a round, and the partial checkpoint after it."""
+        number, groups, _ = judged
+        with self._shares.jax_busy():
+            before, rows = copied(self.state.params), []
+            if len(groups.query_rows):
+                rows = self._updates(judged)
+            self._behaviour = before if settings.OVERLAP.value else copied(self.state.params)
+            self.learnt |= any(row["flat_share"] < 1 for row in rows)
+            metadata = {"recipe": self._recipe, "round": number + 1, "learnt": self.learnt}
+            checkpoint.save(self._partial, self._in_flight(), metadata)
+        if not rows:
+            note(f"round {number + 1}: no prompt could be scored; see eval_failed in the store")
+            return
+        if self._warm is None:
+            self._warm = self._compiled()
+        flat, kl, entropy = (np.mean([r[n] for r in rows]) for n in ("flat_share", "kl", "entropy"))
+        note(
+            f"round {number + 1}: samples {rows[0]['sample_accuracy']:.3f} right, {flat:.0%} of "
+            f"groups flat and dropped, KL {kl:.3f}, entropy {entropy:.2f} nats"
+        )
+        self._watch(rows)
+
+    def compile(self) -> None:
+        """Compiles what `train` needs, on groups that are thrown away."""
+        size, group = self._batch_size, settings.GROUP_SIZE.value
+        shape = (size, group)
+        zeros, inclusion = np.zeros(shape, np.float32), None
+        if settings.DRAWS.value != "iid":
+            inclusion = zeros
+        groups = GroupBatch(
+            np.zeros(size, np.int32),
+            np.zeros((*shape, self._shots), np.int32),
+            zeros,
+            zeros,
+            np.ones(shape, bool),
+            inclusion,
+        )
+        with self._shares.jax_busy():
+            (batch,) = self._batches(groups).epoch((0,))
+            self._log_probs(self._behaviour, self._table, batch[0])
+            state = jax.tree.map(jax.numpy.array, self.state)
+            jax.block_until_ready(self._step(state, self._reference, self._table, batch))
+
+    def summarise(self) -> None:
+        """Prints how long each side waited for the other, and what was compiled again."""
+        if self._warm is not None:
+            seconds, idle = self._shares.total()
+            note(
+                f"GRPO rounds took {seconds:.0f} s from the first request: the VLM was idle for "
+                f"{idle['bridge_idle']:.1%} of it, JAX for {idle['jax_idle']:.1%}; "
+                f"{self._compiled() - self._warm} compilations after the first round"
+            )
+
+    def _draw(self, number: int, params: Params) -> _Drawn:
+        epoch, start = self._rounds[number]
+        order = np.random.default_rng([settings.SEED.value, epoch])
+        order = order.permutation(len(self._session.train))
+        rows = np.sort(order[start : start + settings.GRPO_QUERIES.value])
+        proposer, shots = self._session.train_proposer, self._shots
+        with self._shares.jax_busy():
+            groups = draw(
+                proposer,
+                params,
+                jax.random.fold_in(self._key, number),
+                rows,
+                shots=shots,
+                group_size=settings.GROUP_SIZE.value,
+                draws=settings.DRAWS.value,
+            )
+            return _Drawn(groups, proposer.greedy(params, rows, shots=shots))
+
+    def _updates(self, judged: _Judged) -> list[dict[str, float]]:
+        """Passes over the groups of a round; returns the metrics of each step."""
+        number, groups, common = judged
+        batches = self._batches(groups)
+        metrics, at = [], int(self.state.step)
+        for update in range(settings.GRPO_UPDATES.value):
+            for batch in batches.epoch((settings.SEED.value, number, update)):
+                if not metrics:
+                    common = {**common, "behaviour_error": self._behaviour_error(batch[0])}
+                self.state, one = self._step(self.state, self._reference, self._table, batch)
+                metrics.append(one)
+        common["compilations"] = 0 if self._warm is None else self._compiled() - self._warm
+        return [
+            {"step": step, **self._log.write("grpo", self._recipe, step, {**own, **common})}
+            for step, own in enumerate(jax.device_get(metrics), start=at + 1)
+        ]
+
+    def _batches(self, groups: GroupBatch) -> Batches:
+        return Batches(
+            groups,
+            self._batch_size,
+            pieces=settings.ACCUMULATE.value,
+            devices=device_count(self._session.mesh),
+            one_size=True,  # Whatever a round leaves out, all share one program.
+        )
+
+    def _behaviour_error(self, batch: GroupBatch) -> float:
+        """How far the losses' log-probabilities are from those that the pointers were drawn with.
+
+        Under the parameters that drew them: the policy that samples is the one that is trained.
+        """
+        computed = self._log_probs(self._behaviour, self._table, batch)
+        return float(
+            np.max(np.abs(computed - batch.behaviour_log_probs), where=batch.mask, initial=0)
+        )
+
+    def _in_flight(self) -> dict[str, Any]:
+        return {"state": self.state, "behaviour": self._behaviour}
+
+    def _resume(self) -> None:
+        """Goes on after the last round of an earlier run of the same recipe."""
+        if not checkpoint.exists(self._partial):
+            return
+        if checkpoint.read_metadata(self._partial)["recipe"] != self._recipe:
+            return
+        tree, metadata = checkpoint.restore(self._partial, self._in_flight())
+        self.state, self._behaviour = tree["state"], tree["behaviour"]
+        self.first, self.learnt = metadata["round"], metadata["learnt"]
+        note(f"resumed after round {self.first} of {len(self)}")

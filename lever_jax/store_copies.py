@@ -1,0 +1,282 @@
+"""New stores out of whole ones: merge, filter and split, each row verified as it is read.
+
+What is copied is what was paid for: pools, scores, answers, proposals, superseded failures and
+the marks of finished stages. The ledger of jobs is not: what is not stored is asked for again by
+the run itself. A new file appears whole or not at all, and none is overwritten.
+"""
+
+import contextlib
+import heapq
+import itertools
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from lever_jax import store_schema as schema
+from lever_jax.store import Store, StoreError
+
+# Scores before what refers to them.
+TABLES = ("stages", "pools", "scores", "answers", "proposals", "superseded")
+_BATCH = 10_000
+_NAMED = 20
+_DUPLICATES = ("duplicate_scores", "duplicate_answers")
+_VERBS = {"scores": "score", "answers": "answer"}
+
+
+@contextlib.contextmanager
+def new_store(out: Path, fingerprint: dict[str, str]) -> Iterator[Store]:
+    """A new store that becomes `out` if the block ends well, and else disappears.
+
+    Raises:
+      StoreError: `out` exists.
+    """
+    if out.exists():
+        raise StoreError(f"{out} exists and is not overwritten; name another file")
+    partial = out.with_name(f"{out.name}.partial")
+    try:
+        partial.unlink(missing_ok=True)
+        with Store.open(partial, fingerprint) as store:
+            yield store
+        partial.replace(out)
+    finally:
+        for suffix in ("", "-wal", "-shm"):
+            partial.with_name(partial.name + suffix).unlink(missing_ok=True)
+
+
+def settle(store: Store) -> dict[str, int]:
+    """Counts the rows of a store that was filled by hand, without those that dangle.
+
+    Returns:
+      How many answers, proposals and superseded failures were left out, because the score that
+      they belong to is not there.
+    """
+    left_out = {}
+    for table in schema.REFERENCES:
+        keys = store.dangling(table)
+        with store.transaction():
+            for key in keys:
+                store.delete_rows(table, *schema.where_key(table, key))
+        if keys:
+            left_out[table] = len(keys)
+    for table in TABLES:
+        if table != "stages":
+            store.recount(table)
+    return left_out
+
+
+# --- filter and split ---------------------------------------------------------------------------
+
+
+def filter_store(
+    source: Path,
+    out: Path,
+    *,
+    queries: Iterable[int] | None = None,
+    stage: str | None = None,
+    drop_failed: bool = False,
+) -> dict[str, int]:
+    """Copies what all of the conditions keep; the rows of each table that were left out.
+
+    Args:
+      source: a store.
+      out: must not exist.
+      queries: only these.
+      stage: only this mining stage, with the scores of what it proposed.
+      drop_failed: without scores and answers that failed, so that a run asks for them again.
+
+    Raises:
+      StoreError: `out` exists, there is no such stage, or a row of `source` is damaged.
+    """
+    wanted = None if queries is None else {int(query_id) for query_id in queries}
+    with Store.open(source, read_only=True) as store:
+        proposed = None
+        if stage is not None:
+            if stage not in store.proposal_stages():
+                names = ", ".join(store.proposal_stages()) or "none"
+                raise StoreError(f"{source} has no stage {stage!r}; it has {names}")
+            rows = store.read_rows("proposals", "WHERE stage = ?", (stage,))
+            proposed = {(row[2], row[3]) for row in rows}
+        pools = None if proposed is None else {query_id for query_id, _ in proposed}
+
+        def keep(table: str, row: tuple) -> bool:
+            named = dict(zip(schema.TABLES[table][0], row, strict=True))
+            if table == "stages":
+                return stage in (None, named["name"])
+            query_id = named["query_id"]
+            if wanted is not None and query_id not in wanted:
+                return False
+            if proposed is not None:
+                if table == "pools":
+                    return query_id in pools
+                if table == "proposals" and named["stage"] != stage:
+                    return False
+                if (query_id, named["pointer"]) not in proposed:
+                    return False
+            return not (drop_failed and table in _VERBS and named["failure"] is not None)
+
+        with new_store(out, store.fingerprint) as copy:
+            for table in TABLES:
+                _copy(store, copy, table, lambda row, table=table: keep(table, row))
+            settle(copy)
+            before, after = store.counts(), copy.counts()
+    return {table: before[table] - after[table] for table in TABLES}
+
+
+def split_store(source: Path, outs: list[Path]) -> list[int]:
+    """Cuts a store by query into several of near equal size; how many queries each has.
+
+    The marks of finished stages are in each. `merge_stores` puts the parts together again.
+
+    Raises:
+      StoreError: an output exists, or a row of `source` is damaged.
+    """
+    for out in outs:
+        if out.exists():
+            raise StoreError(f"{out} exists and is not overwritten; name another file")
+    with Store.open(source, read_only=True) as store, contextlib.ExitStack() as stack:
+        part = {query_id: i % len(outs) for i, query_id in enumerate(store.queries().tolist())}
+        copies = [stack.enter_context(new_store(out, store.fingerprint)) for out in outs]
+        for table in TABLES:
+            at = schema.TABLES[table][0].index("query_id") if table != "stages" else None
+            for batch in _batches(store.read_rows(table)):
+                for i, copy in enumerate(copies):
+                    with copy.transaction():
+                        for row in batch:
+                            if at is None or part[row[at]] == i:
+                                copy.add_row(table, row)
+        for copy in copies:
+            settle(copy)
+        copies[0].add_counts({name: store.counts()[name] for name in _DUPLICATES})
+    return np.bincount(list(part.values()), minlength=len(outs)).tolist()
+
+
+def _copy(source: Store, out: Store, table: str, keep: Callable[[tuple], bool]) -> None:
+    for batch in _batches(filter(keep, source.read_rows(table))):
+        with out.transaction():
+            for row in batch:
+                out.add_row(table, row)
+
+
+def _batches(rows: Iterable) -> Iterator[list]:
+    rows = iter(rows)
+    while batch := list(itertools.islice(rows, _BATCH)):
+        yield batch
+
+
+# --- merge --------------------------------------------------------------------------------------
+
+
+@dataclass
+class Merged:
+    """What became of several stores.
+
+    Attributes:
+      counts: of the new store, as `Store.counts`.
+      equal: rows that more than one store had alike.
+      settled: failures whose prompt another store has a score or an answer of; these count.
+      open_stages: stages that are finished differently in different stores; not marked any more.
+    """
+
+    counts: dict[str, int] = field(default_factory=dict)
+    equal: int = 0
+    settled: int = 0
+    open_stages: set[str] = field(default_factory=set)
+
+
+def merge_stores(sources: list[Path], out: Path) -> Merged:
+    """Puts stores of one fingerprint together into a new one.
+
+    Proposals are ordered by their places in their own stores.
+
+    Raises:
+      StoreError: fingerprints differ, with the difference; two stores contradict each other, with
+        the keys; `out` exists; or a row is damaged.
+    """
+    with contextlib.ExitStack() as stack:
+        stores = [stack.enter_context(Store.open(path, read_only=True)) for path in sources]
+        first = stores[0]
+        for store in stores[1:]:
+            differs = schema.differences(
+                first.fingerprint, store.fingerprint, f"in {first.path}", f"in {store.path}"
+            )
+            if found := "; ".join(differs):
+                raise StoreError(f"scores of different settings cannot be merged: {found}")
+        with new_store(out, first.fingerprint) as copy:
+            return _Merge(stores, copy).run()
+
+
+class _Merge:
+    def __init__(self, sources: list[Store], out: Store):
+        self._sources, self._out = sources, out
+        self._result = Merged()
+        self._conflicts: list[str] = []
+
+    def run(self) -> Merged:
+        for table in TABLES:
+            rows = ((store, row) for store in self._sources for row in store.read_rows(table))
+            if table == "proposals":
+                rows = self._proposals()
+            for batch in _batches(rows):
+                with self._out.transaction():
+                    for store, row in batch:
+                        if not self._out.add_row(table, row):
+                            self._meet(table, row, store)
+        if self._conflicts:
+            named = self._conflicts[:_NAMED]
+            more = len(self._conflicts) - len(named)
+            raise StoreError(
+                f"{len(self._conflicts)} rows contradict each other, so nothing was merged; filter "
+                f"one of the stores: {'; '.join(named)}" + (f"; and {more} more" if more else "")
+            )
+        for name in self._result.open_stages:
+            self._out.delete_rows("stages", "WHERE name = ?", (name,))
+        settle(self._out)
+        for store in self._sources:
+            counts = store.counts()
+            self._out.add_counts({name: counts[name] for name in _DUPLICATES})
+        self._result.counts = self._out.counts()
+        return self._result
+
+    def _proposals(self) -> Iterator[tuple[Store, tuple]]:
+        """All proposals in rising order, with new places where two stores have the same."""
+        ordered = [
+            ((row[0], i, row) for row in store.read_rows("proposals", "ORDER BY id"))
+            for i, store in enumerate(self._sources)
+        ]
+        last = 0
+        for place, i, row in heapq.merge(*ordered, key=lambda item: item[:2]):
+            last = max(last + 1, place)
+            yield self._sources[i], (last, *row[1:])
+
+    def _meet(self, table: str, row: tuple, store: Store) -> None:
+        """A row of `store` whose key is taken in the new one."""
+        out, where = self._out, schema.where_key(table, row)
+        if table == "proposals":
+            where = "WHERE stage = ? AND query_id = ? AND pointer = ?", row[1:4]
+        (there,) = out.read_rows(table, *where)
+        if table == "proposals":
+            row = (there[0], *row[1:])
+        same = there[:2] == row[:2] if table == "pools" else there == row
+        if same:
+            self._result.equal += 1
+        elif table == "stages":
+            self._result.open_stages.add(row[0])
+        elif table == "superseded":
+            self._note(row[:3], row[4])
+        elif table in _VERBS and (there[-1] is None) != (row[-1] is None):
+            self._result.settled += 1
+            self._note((*row[:2], _VERBS[table]), there[-1] or row[-1])
+            if row[-1] is None:
+                out.write_rows(table, [row])
+        else:
+            self._conflicts.append(f"table {table}, {schema.name_row(table, row)} in {store.path}")
+
+    def _note(self, key: tuple, failure: str) -> None:
+        """Adds a failure to those that were superseded for a prompt and a verb."""
+        where = "WHERE query_id = ? AND pointer = ? AND verb = ? ORDER BY number"
+        known = list(self._out.read_rows("superseded", where, key))
+        if failure not in (row[4] for row in known):
+            number = known[-1][3] + 1 if known else 1
+            self._out.add_row("superseded", (*key, number, failure))

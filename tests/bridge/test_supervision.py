@@ -1,0 +1,188 @@
+"""Hard prompts, bad machines and bugs are told apart, and each costs no more than it must."""
+
+import os
+import signal
+import threading
+import time
+
+import numpy as np
+import pytest
+from faults.injection import hashed
+
+from qwen_bridge import scheduler
+from qwen_bridge.scheduler import ScorerError, WorkerError
+
+RNG = np.random.default_rng(1)
+QUERIES = np.repeat(np.arange(100, 120), 8)
+POINTERS = RNG.integers(0, 1000, (len(QUERIES), 2))
+
+
+def check(scores, failed=()):
+    """Everything is scored but the failed rows, which have a reason and no number."""
+    assert sorted(scores.reasons) == sorted(failed)
+    fine = np.setdiff1d(np.arange(len(QUERIES)), failed)
+    expected = hashed(QUERIES, *POINTERS.T)
+    np.testing.assert_array_equal(scores.gt_prob[fine], expected[fine])
+    assert np.isnan(scores.gt_prob[list(failed)]).all()
+
+
+def rows_of(*queries):
+    return np.flatnonzero(np.isin(QUERIES, queries)).tolist()
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_query_that_raises_is_given_up_and_the_rest_is_scored(environment, workers):
+    faults = [{"fault": "raise", "query": 107}, {"fault": "raise", "query": 113}]
+    env = environment({"faults": faults}, workers=workers)
+    scores = env.score(QUERIES, POINTERS, batch_size=32)
+    check(scores, rows_of(107, 113))
+    assert set(scores.reasons.values()) == {"ZeroDivisionError: a bug in the scorer"}
+    assert env.stats["restarts"] == 0
+    assert env.stats["prompts_given_up"] == 16
+
+
+def test_a_bug_ends_the_run_and_nothing_is_recorded(environment):
+    env = environment({"faults": [{"fault": "raise"}]}, workers=2)
+    landed = []
+    message = f"score failed for {scheduler.IN_VAIN + 1} queries in a row.*ZeroDivisionError"
+    with pytest.raises(ScorerError, match=message) as caught:
+        env.score(QUERIES, POINTERS, batch_size=32, on_batch=lambda *args: landed.append(args))
+    assert "injection.py" in caught.value.__notes__[0]
+    assert landed == []
+    assert env.stats["restarts"] == 0
+    with pytest.raises(ScorerError):  # The count begins anew, and the environment is whole.
+        env.score(QUERIES, POINTERS, batch_size=32)
+
+
+def test_workers_that_end_on_everything_end_the_run_and_nothing_is_recorded(environment):
+    env = environment({"faults": [{"fault": "crash_before"}]})
+    landed = []
+    with pytest.raises(WorkerError, match=r"queries in a row, the last with worker died .*code 3"):
+        env.score(
+            QUERIES[::8], POINTERS[::8], batch_size=1, on_batch=lambda *args: landed.append(args)
+        )
+    assert landed == []
+
+
+def test_a_few_prompts_that_fail_alone_are_given_up_all_the_same(environment):
+    env = environment({"faults": [{"fault": "raise"}]})
+    scores = env.score(QUERIES[:3], POINTERS[:3])
+    assert sorted(scores.reasons) == [0, 1, 2]
+
+
+def test_a_query_that_kills_does_not_count_against_the_workers(environment):
+    """Eight prompts end more workers than `max_restarts` in a row, and are the ones to blame."""
+    env = environment({"faults": [{"fault": "crash_during", "query": 107}]}, max_restarts=3)
+    scores = env.score(QUERIES, POINTERS, batch_size=32)
+    check(scores, rows_of(107))
+    assert env.stats["restarts"] > 8
+    assert env.stats["workers_closed"] == 0
+
+
+def test_killers_here_and_there_on_several_workers(environment):
+    faults = [{"fault": "crash_during", "query": query} for query in (101, 105, 109, 113, 117)]
+    env = environment({"faults": faults}, workers=3, max_restarts=4)
+    queries, keep = QUERIES.copy(), rows_of(101, 105, 109, 113, 117)[::8]
+    queries[np.setdiff1d(rows_of(101, 105, 109, 113, 117), keep)] = 100
+    scores = env.score(queries, POINTERS, batch_size=64)
+    assert sorted(scores.reasons) == keep
+    assert env.stats["prompts_given_up"] == 5
+    assert env.stats["workers_closed"] == 0
+
+
+def test_a_place_where_every_worker_ends_is_closed_and_blames_no_prompt(environment):
+    faults = [{"fault": "crash_before", "worker": 0}]
+    env = environment({"faults": faults, "delay_s": 0.05}, workers=2, max_restarts=2)
+    for _ in range(3):
+        check(env.score(QUERIES, POINTERS, batch_size=4))
+    assert env.stats["prompts_given_up"] == 0
+    assert env.stats["workers_closed"] == 1
+    assert env.stats["restarts"] == 2
+    assert env._scheduler.seats[0].closed
+
+
+def test_the_last_place_is_not_closed_but_ends_the_call(environment, monkeypatch):
+    monkeypatch.setattr(scheduler, "KILLS", 100)  # No batch is convicted.
+    faults = [{"fault": "crash_before"}]
+    env = environment({"faults": faults}, workers=2, max_restarts=1)
+    for _ in range(2):
+        with pytest.raises(WorkerError, match="workers in a row ended without one result"):
+            env.score(QUERIES, POINTERS, batch_size=32)
+    assert sum(seat.closed for seat in env._scheduler.seats) == 1
+
+
+def test_a_lost_gpu_is_the_end_of_the_worker_and_not_of_the_prompt(environment, tmp_path):
+    """After such an error of CUDA a process can do nothing more."""
+    faults = [{"fault": "lost_device", "query": 103, "once": str(tmp_path / "struck")}]
+    env = environment({"faults": faults})
+    check(env.score(QUERIES, POINTERS, batch_size=32))
+    assert env.stats["restarts"] == 1
+
+
+def test_a_process_that_cannot_be_had_now_is_asked_for_again(environment, tmp_path, monkeypatch):
+    faults = [{"fault": "crash_before", "query": 103, "once": str(tmp_path / "struck")}]
+    env = environment({"faults": faults})
+    start, refused = scheduler.WorkerProcess._start, []
+
+    def refuse_twice(*args):
+        if len(refused) < 2:
+            refused.append(1)
+            raise BlockingIOError(11, "Resource temporarily unavailable")
+        return start(*args)
+
+    monkeypatch.setattr(scheduler.WorkerProcess, "_start", refuse_twice)
+    check(env.score(QUERIES, POINTERS, batch_size=32))
+    assert len(refused) == 2
+    assert env.stats["restarts"] == 3
+
+
+def after(seconds, *numbers):
+    """Sends this process signals, one after the other."""
+
+    def send():
+        for number in numbers:
+            time.sleep(seconds)
+            os.kill(os.getpid(), number)
+
+    threading.Thread(target=send, daemon=True).start()
+
+
+@pytest.mark.parametrize("in_callback", [False, True])
+def test_ctrl_c_lets_the_batches_in_hand_land(environment, in_callback):
+    env = environment({"delay_s": 0.4}, workers=2)
+    landed = []
+
+    def on_batch(rows, batch):
+        if in_callback and not landed:
+            os.kill(os.getpid(), signal.SIGINT)
+        landed.extend(rows.tolist())
+
+    env.score(QUERIES[:8], POINTERS[:8])  # Both workers are up.
+    if not in_callback:
+        after(0.2, signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt):
+        env.score(QUERIES, POINTERS, on_batch=on_batch, batch_size=8)
+    # Those that the two workers were at; in the callback's case also the one that called it.
+    assert 16 <= len(landed) <= 32
+    assert len(landed) == len(set(landed))
+    check(env.score(QUERIES, POINTERS, on_batch=on_batch))
+    assert [seat.worker.slots.num_free for seat in env._scheduler.seats] == [4, 4]
+    assert env.stats["restarts"] == 0
+
+
+def test_a_second_ctrl_c_stops_at_once(environment):
+    env = environment({"faults": [{"fault": "hang"}]})
+    after(0.2, signal.SIGINT, signal.SIGINT)
+    started = time.monotonic()
+    with pytest.raises(KeyboardInterrupt):
+        env.score(QUERIES, POINTERS, on_batch=lambda *_: None)
+    assert 0.35 < time.monotonic() - started < 2.0
+
+
+def test_ctrl_c_during_restarts_does_not_wait_for_them(environment):
+    env = environment({"faults": [{"fault": "crash_before"}]}, backoff_s=30.0)
+    after(1.0, signal.SIGINT)
+    started = time.monotonic()
+    with pytest.raises(KeyboardInterrupt):
+        env.score(QUERIES, POINTERS, on_batch=lambda *_: None)
+    assert time.monotonic() - started < 2.0

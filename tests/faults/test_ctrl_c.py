@@ -1,0 +1,83 @@
+"""Ctrl-C finishes the batch in hand, a second one stops at once; both leave a job to go on with."""
+
+import json
+import random
+import signal
+import subprocess
+import sys
+import time
+
+import mining_job
+import pytest
+from leaks import workers
+
+SEED, QUERIES = 17, 9
+
+
+def interrupted(command, presses, seconds, begun):
+    """Runs a command until `begun` is printed, then presses Ctrl-C; returns what was printed.
+
+    Args:
+      command: of the process.
+      presses: how many times, 50 ms apart.
+      seconds: after which the first one comes.
+      begun: what stands in the line from which they count.
+    """
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        for line in process.stdout:
+            if begun in line:
+                break
+        time.sleep(seconds)
+        pressed = time.monotonic()
+        for _ in range(presses):
+            process.send_signal(signal.SIGINT)
+            time.sleep(0.05)
+        _, errors = process.communicate(timeout=60)
+        return process.returncode, errors, time.monotonic() - pressed
+
+
+@pytest.mark.parametrize("presses", [1, 2])
+def test_ctrl_c_in_a_mining_job(tmp_path, story, presses):
+    (tmp_path / "whole").mkdir()
+    mining_job.run(tmp_path / "whole", QUERIES, {})
+    folder, log = tmp_path / "stopped", tmp_path / "served"
+    folder.mkdir()
+    # A batch takes so long that Ctrl-C surely comes in the middle of one.
+    settings = {"delay_s": 1.0 if presses == 1 else 8.0, "log": str(log)}
+    script = str(mining_job.__file__)
+    command = [sys.executable, script, str(folder), str(QUERIES), json.dumps(settings)]
+    _, errors, seconds = interrupted(command, presses, 1.5, "mining")
+    assert "KeyboardInterrupt" in errors
+    lines = log.read_text().splitlines() if log.exists() else []
+    served = [json.loads(line)["prompts"] for line in lines]
+    prompts = {(q, tuple(pointer)) for batch in served for q, *pointer in batch}
+    records, _ = mining_job.content(folder)
+    if presses == 1:  # What workers were at when it came, two batches, was finished and is kept.
+        assert "finishing the 16 prompts in hand" in errors
+        assert len(served) >= 4
+        assert prompts <= set(records)
+    else:
+        assert seconds < 5.0
+        assert not records
+    _, counts = mining_job.run(folder, QUERIES, {})
+    assert mining_job.content(folder) == mining_job.content(tmp_path / "whole")
+    assert counts["duplicate_scores"] == counts["duplicate_answers"] == 0
+    story.append(f"Ctrl-C x{presses}: {len(records)} records kept, resumed to the same store")
+
+
+@pytest.mark.faults
+def test_ctrl_c_at_random_moments_of_the_real_entry_point(tmp_path, story, real_job):
+    """Once or twice, from its first line to its end; then the same command goes on."""
+    rng, codes = random.Random(SEED), []
+    command = real_job.command(tmp_path / "stopped", "--score_batch=16")
+    for life in range(8):
+        code, errors, _ = interrupted(command, 1 + life % 2, rng.uniform(0.0, 12.0), "== open")
+        assert code in (130, 0), errors
+        codes.append(code)
+        assert not workers()
+    real_job.finish(command)
+    real_job.compare(tmp_path / "stopped")
+    assert 130 in codes
+    story.append(f"experiments.mine: {codes.count(130)} x Ctrl-C (seed {SEED}), resumed: equal")
