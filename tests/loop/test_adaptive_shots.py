@@ -19,15 +19,15 @@ from lever_jax.mining import (
     mine,
     mined_candidates,
     mined_groups,
-    on_policy_round,
 )
+from lever_jax.on_policy import draw, judge
 from lever_jax.search import search_pools, search_targets
 from lever_jax.selector import SelectorConfig, make_selector
 from lever_jax.training import (
     GroupBatch,
     LossConfig,
     init_state,
-    log_probs_of,
+    make_log_probs,
     make_optimizer,
     make_step,
 )
@@ -81,10 +81,12 @@ def test_mined_and_on_policy_pointers_of_all_lengths_are_the_vlms_own(world):
          CONFIG, shots=2)  # fmt: skip
     reward = RewardConfig(shot_cost=0.25)
     mined = mined_groups("mine", world.queries, world.store, reward)
-    drawn, scores = on_policy_round(
-        world.queries, np.arange(12), world.proposer, world.params, jax.random.key(2),
-        world.service, reward, shots=2, group_size=16, verify="all", config=CONFIG, label="x",
-    )  # fmt: skip
+    rolled = draw(
+        world.proposer, world.params, jax.random.key(2), np.arange(12), shots=2, group_size=16
+    )
+    drawn, scores = judge(
+        world.queries, rolled, world.service, reward, verify="all", config=CONFIG, label="x"
+    )
     assert np.isfinite(scores["reward"]).all()
     for groups in (mined, drawn):
         assert set(lengths(groups.pointers[groups.mask])) == {1, 2}
@@ -96,13 +98,8 @@ def test_mined_and_on_policy_pointers_of_all_lengths_are_the_vlms_own(world):
                 wanted = 2.0 * (g >= 0.6) + g - 0.25 * lengths(pointer)
                 np.testing.assert_allclose(value, wanted, atol=1e-5)
 
-    @jax.jit
-    def recompute(rows, pointers):
-        query, pool = world.queries.table.read(rows)
-        one = lambda *own: log_probs_of(world.policy, world.params, *own)[0]  # noqa: E731
-        return jax.vmap(one)(query, pool, pointers)
-
-    again = np.asarray(recompute(drawn.query_rows, drawn.pointers))
+    read = make_log_probs(world.policy)
+    again = np.asarray(read(world.params, world.queries.table, drawn))
     np.testing.assert_allclose(again[drawn.mask], drawn.behaviour_log_probs[drawn.mask], atol=1e-5)
     candidates = mined_candidates("mine", world.queries, world.store, reward, CONFIG)
     np.testing.assert_array_equal(lengths(candidates.position), lengths(candidates.pointer))
