@@ -37,7 +37,15 @@ def search_ceiling(session: Session, stage: str, count: int) -> dict[str, Any]:
     rows = np.sort(rng.permutation(len(queries))[:count])
     shots = configs.train_shots(configs.evaluated_shots())
     label, beam = f"ceiling of {len(rows)} queries", _WIDER * settings.WARMUP_BEAM.value
-    found = search_pools(queries, rows, service, shots=shots, beam=beam, label=label)
+    found = search_pools(
+        queries,
+        rows,
+        service,
+        shots=shots,
+        beam=beam,
+        label=label,
+        shorter=session.policy.stops,
+    )
     chosen = [pointers[:_ANSWERED] for pointers, _ in found]
     owner = np.repeat(rows, list(map(len, chosen)))
     ids = queries.demo_ids(owner, np.concatenate([*chosen, np.zeros((0, shots), np.int32)]))

@@ -22,9 +22,11 @@ def no_bar(label, total):
 
 
 class World:
-    """Queries with pools, a selector and a scoring service over a fake VLM."""
+    """Queries with pools, a selector with `options` and a scoring service over a fake VLM."""
 
-    def __init__(self, folder, environment=None, queries=12, bank=40, pool=8, name="store"):
+    def __init__(
+        self, folder, environment=None, queries=12, bank=40, pool=8, name="store", **options
+    ):
         rng = np.random.default_rng(0)
         self.bank = Embedded(
             np.arange(bank),
@@ -39,6 +41,6 @@ class World:
         self.service = ScoringService(self.store, self.environment, no_bar)
         examples = Embedded(ids, tuple(f"q{i}" for i in ids), embeddings)
         self.queries = pool_queries(examples, self.bank, PARTS, PoolConfig(size=pool), self.store)
-        self.init, self.policy = make_selector(SelectorConfig(width=16), PARTS, 14)
+        self.init, self.policy = make_selector(SelectorConfig(width=16, **options), PARTS, 14)
         self.params = jax.jit(self.init)(jax.random.key(0))  # one compilation, not hundreds
         self.proposer = Proposer(self.policy, self.queries.table, batch=8)
