@@ -8,6 +8,7 @@ import atexit
 import os
 import pathlib
 import shutil
+import signal
 import tempfile
 
 import pytest
@@ -38,3 +39,14 @@ def random_qwen(shared, tmp_path_factory):
     folder = tmp_path_factory.mktemp("random_qwen")
     write_checkpoint(folder, shared / "qwen2_5_vl")
     return folder
+
+
+@pytest.fixture(autouse=True)
+def python_handles_ctrl_c():
+    """Python's own handler of SIGINT, which a test run started in the background lacks.
+
+    The processes that it starts would be deaf to Ctrl-C, too.
+    """
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)

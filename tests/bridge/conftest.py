@@ -1,7 +1,6 @@
 """Environments with the trivial scorer, and the check that they leave nothing behind."""
 
 import os
-import signal
 from pathlib import Path
 
 import pytest
@@ -65,11 +64,3 @@ def environment(allow_trivial, nothing_left):
     yield make
     for each in made:
         each.close()
-
-
-@pytest.fixture(autouse=True)
-def python_handles_ctrl_c():
-    """Python's own handler of SIGINT, which a test run started in the background lacks."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield
-    signal.signal(signal.SIGINT, before)

@@ -62,7 +62,7 @@ class RealJob:
     @staticmethod
     def finish(command):
         """Runs it to its end."""
-        done = subprocess.run(command, capture_output=True, text=True, timeout=580, check=False)
+        done = subprocess.run(command, capture_output=True, text=True, timeout=1800, check=False)
         assert done.returncode == 0, done.stderr
 
     @staticmethod

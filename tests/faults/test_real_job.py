@@ -60,11 +60,11 @@ def test_a_run_under_a_hail_of_faults(tmp_path, story, real_job, monkeypatch):
     log = tmp_path / "injected"
     monkeypatch.setenv(
         "LEVER_FAULTS",
-        f"crash=0.03,crash_before=0.02,crash_after=0.02,hang=0.02,slow=0.05,nan=0.02,"
+        f"crash=0.03,crash_before=0.02,crash_after=0.02,hang=0.01,slow=0.05,nan=0.02,"
         f"wrong_shape=0.02,wrong_rows=0.02,out_of_memory=0.05,lost_device=0.01,seed=3,log={log}",
     )
     command = real_job.command(
-        tmp_path / "hail", "--factory=faults.injection:build", "--score_batch=16", "--deadline_s=5"
+        tmp_path / "hail", "--factory=faults.injection:build", "--score_batch=16", "--deadline_s=60"
     )
     real_job.finish(command)
     real_job.compare(tmp_path / "hail")

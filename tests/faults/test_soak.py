@@ -17,7 +17,7 @@ from qwen_bridge.vqa.sources import open_dataset
 MINUTES = float(os.environ.get("LEVER_SOAK_MINUTES", 0))
 SECONDS = max(2.0, 60 * MINUTES)
 WARM_UP, DRIFT = 1 / 3, 0.02
-QUERIES = np.repeat(np.arange(200), 8)
+QUERIES = np.repeat(np.arange(20), 8)
 
 
 def soak(env, calls, batch_size):
@@ -38,9 +38,10 @@ def soak(env, calls, batch_size):
 
 
 def check(env, samples):
-    """No slot lost, no worker replaced, and memory within 2% of where the warm-up left it.
+    """No slot lost, no worker replaced, and no more memory than where the warm-up left it, by 2%.
 
-    The middle of the first and of the last fifth are compared: single samples wander.
+    The middle of the first and of the last fifth are compared: single samples wander. What an
+    allocator hands back late is no fault.
     """
     assert all(seat.worker.slots.num_free == 4 for seat in env._scheduler.seats)
     assert env.stats["restarts"] == 0
@@ -48,7 +49,7 @@ def check(env, samples):
     first, last = np.median(samples[:fifth], axis=0), np.median(samples[-fifth:], axis=0)
     drift = last / first - 1
     # The few seconds of `make test` are all warm-up.
-    assert (abs(drift) <= (DRIFT if MINUTES else 0.2)).all(), f"{first} KiB became {last}"
+    assert (drift <= (DRIFT if MINUTES else 0.2)).all(), f"{first} KiB became {last}"
     return " ".join(f"{change:+.1%}" for change in drift)
 
 
@@ -61,7 +62,7 @@ def calls_of(queries, bank):
 
 def test_soak_of_the_bridge(story):
     with Environment({}, factory="trivial_scorer:build", workers=2, threads=1) as env:
-        calls = calls_of(np.arange(200), np.arange(1000))
+        calls = calls_of(np.arange(20), np.arange(1000))
         rate, samples = soak(env, calls, 16)
         drift = check(env, samples)
     story.append(f"{SECONDS / 60:.1f} minutes, {rate:,.0f} prompts a second: RSS {drift}")
