@@ -96,7 +96,7 @@ def _overlapped(rounds: "_Rounds") -> None:
 
     def meanwhile(judged: _Judged | None, following: int) -> _Drawn | None:
         if judged is None:
-            rounds.compile()
+            rounds.compile_step()
         else:
             rounds.train(judged)
         return rounds.draw_ahead(following) if following < len(rounds) else None
@@ -220,7 +220,7 @@ class _Rounds:
         )
         self._watch(rows)
 
-    def compile(self) -> None:
+    def compile_step(self) -> None:
         """Compiles what `train` needs, on groups that are thrown away."""
         size, group = self._batch_size, settings.GROUP_SIZE.value
         shape = (size, group)

@@ -25,6 +25,14 @@ SAVER = """
 """
 
 
+@pytest.fixture(scope="module", autouse=True)
+def started(tmp_path_factory):
+    """Orbax opens descriptors of its own at its first restore, and keeps them."""
+    path, tree = tmp_path_factory.mktemp("first") / "state", {"a": np.zeros(3, np.float32)}
+    checkpoint.save(path, tree, {})
+    checkpoint.restore(path, tree)
+
+
 @pytest.mark.parametrize("kills", [1, pytest.param(40, marks=pytest.mark.faults)])
 def test_kills_while_saving(tmp_path, story, kills):
     rng, path, saved = random.Random(SEED), tmp_path / "state", 0
