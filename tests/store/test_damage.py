@@ -247,7 +247,7 @@ def logged(tmp_path, queries):
         log = path.with_name(path.name + "-wal")
         truth = {}
         for query in range(queries):
-            records = records_of(query)
+            records = records_of(query)[: 3 if query == queries - 1 else None]  # The last is small.
             with store.transaction():
                 store.put_scores(records)
                 store.mark_done("batch", {"n": query + 1})
