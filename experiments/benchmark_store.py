@@ -16,6 +16,7 @@ import sqlite3
 import statistics
 import tempfile
 import time
+from collections.abc import Sequence
 
 import numpy as np
 from absl import flags
@@ -61,13 +62,14 @@ def records(batch: int) -> list[ScoreRecord]:
     return found
 
 
-def write_rate(store: Store, first: int, batches: int) -> float:
-    """Records a second over some batches, each committed on its own."""
+def write_rates(store: Store, first: int, batches: int) -> tuple[float, float]:
+    """Records a second, and a second of the processor, over batches committed one by one."""
     prepared = [records(first + i) for i in range(batches)]
-    start = time.perf_counter()
+    start, busy = time.perf_counter(), time.process_time()
     for batch in prepared:
         store.put_scores(batch)
-    return batches * _BATCH / (time.perf_counter() - start)
+    count = batches * _BATCH
+    return count / (time.perf_counter() - start), count / (time.process_time() - busy)
 
 
 def fill(path: pathlib.Path, count: int) -> None:
@@ -128,8 +130,10 @@ def _measure(folder: pathlib.Path, sizes: list[int]) -> dict:
     rounds, batches = range(_ROUNDS.value), _BATCHES.value
     stage(f"writes: batches of {_BATCH} records, each committed durably")
     with Store.open(folder / "writes.sqlite", _FINGERPRINT) as store:
-        rates = [write_rate(store, i * batches, batches) for i in rounds]
+        rates = [write_rates(store, i * batches, batches) for i in rounds]
+    rates, busy = zip(*rates, strict=True)
     _say("records a second, new file", rates, "{:,.0f}")
+    _say("records a second of the processor", busy, "{:,.0f}")
     stage("opening")
     opened = {}
     for size in sizes:
@@ -149,11 +153,12 @@ def _measure(folder: pathlib.Path, sizes: list[int]) -> dict:
         for name in ("write_s", "read_s", "after_a_kill_s"):
             note(f"{size:,} records: {name} {found[name]['median']:.4f} s")
     with Store.open(path, _FINGERPRINT) as store:
-        large = [write_rate(store, 10**6 + i * batches, batches) for i in rounds]
+        large = [write_rates(store, 10**6 + i * batches, batches)[0] for i in rounds]
     _say(f"records a second, file of {sizes[-1]:,}", large, "{:,.0f}")
     return {
         "batch": _BATCH,
         "records_per_s": _summary(rates),
+        "records_per_cpu_s": _summary(busy),
         "records_per_s_in_the_largest": _summary(large),
         "open": opened,
         "load_average_at_end": os.getloadavg(),
@@ -165,11 +170,11 @@ def _measure(folder: pathlib.Path, sizes: list[int]) -> dict:
     }
 
 
-def _summary(values: list[float]) -> dict[str, float]:
+def _summary(values: Sequence[float]) -> dict[str, float]:
     return {"median": statistics.median(values), "min": min(values), "max": max(values)}
 
 
-def _say(what: str, values: list[float], form: str) -> None:
+def _say(what: str, values: Sequence[float], form: str) -> None:
     found = {name: form.format(value) for name, value in _summary(values).items()}
     note(f"{what}: {found['median']} ({found['min']} to {found['max']})")
 

@@ -23,7 +23,7 @@ from experiments import cli
 from experiments.progress import note
 from lever_jax.errors import InputError
 from lever_jax.ledger import count_states
-from lever_jax.store import Store
+from lever_jax.store import Store, StoreError
 from lever_jax.store_copies import filter_store, merge_stores, split_store
 from lever_jax.store_lock import writer_of
 from lever_jax.store_salvage import salvage
@@ -101,9 +101,16 @@ def _info(path: pathlib.Path) -> None:
 
 
 def _verify(path: pathlib.Path) -> int:
-    with Store.open(path, read_only=True) as store:
-        faults = store.verify()
-        counts = store.counts() if not faults else {}
+    if not path.is_file():
+        raise InputError(f"there is no store {path}")
+    counts = {}
+    try:
+        with Store.open(path, read_only=True) as store:
+            faults = store.verify()
+            if not faults:
+                counts = store.counts()
+    except StoreError as error:
+        faults = [str(error)]
     for fault in faults:
         print(fault)
     if faults:

@@ -89,16 +89,20 @@ class Lease:
         if len(jobs) == 1 and jobs[0].hopeless:
             self.given_up = f"given up after {jobs[0].attempts} attempts; {jobs[0].reason}"
 
-    def landed(self, rows: np.ndarray) -> None:
-        """Notes that records are stored, inside the transaction that stores them.
+    @contextlib.contextmanager
+    def landing(self, rows: np.ndarray) -> Iterator[None]:
+        """A transaction for the records of some prompts, and for the jobs that end with them.
 
         Args:
           rows: int [m] positions in `rows`.
         """
         jobs, counts = np.unique(self._job_of[rows], return_counts=True)
-        self._open[jobs] -= counts
-        finished = [self._jobs[job] for job in jobs[self._open[jobs] == 0]]
-        self._ledger.write(finished, "failed" if self.given_up else "done")
+        left = self._open[jobs] - counts
+        with self._ledger.transaction():
+            yield
+            ended = [self._jobs[job] for job in jobs[left == 0]]
+            self._ledger.write(ended, "failed" if self.given_up else "done")
+        self._open[jobs] = left
 
     def __enter__(self) -> "Lease":
         self._ledger.write(self._jobs, "leased")
@@ -120,10 +124,15 @@ class Ledger:
       store: whose.
       blameless: exceptions, besides Ctrl-C and `InputError`, that say nothing about the prompts
         in hand.
+
+    Attributes:
+      blameless: all of these.
+      transaction: of the store.
     """
 
     def __init__(self, store: Store, blameless: Sequence[type[BaseException]] = ()):
         self.blameless = (*_ASKED_FOR, *blameless)
+        self.transaction = store.transaction
         self._store = store
         self._owner = f"process {os.getpid()} on {socket.gethostname()}"
         self._waiting: dict[bytes, Job] = {}
@@ -132,7 +141,7 @@ class Ledger:
             self._waiting[job.key] = job
             if owner is not None:
                 leased.append((job, f"the last one ended with {owner}"))
-        with store.transaction():
+        with self.transaction():
             for job, reason in leased:
                 self.give_back([job], reason)
 
@@ -146,7 +155,7 @@ class Ledger:
         """
         prompts = np.column_stack([query_ids, pointers]).astype(np.int64, copy=False)
         together, alone = [], []
-        with self._store.transaction():
+        with self.transaction():
             for rows, before in self._by_waiting_job(verb, prompts):
                 attempts = before.attempts if before else 0
                 if attempts < KILLS:
@@ -174,7 +183,7 @@ class Ledger:
             prompts = None if state == "done" else schema.pack_array(_narrow(job.prompts))
             size = len(job.prompts)
             rows.append((job.key, job.verb, state, job.attempts, size, owner, prompts, job.reason))
-        with self._store.transaction():
+        with self.transaction():
             self._store.write_rows("jobs", rows)
         for job in jobs:
             if state == "todo":
@@ -184,7 +193,7 @@ class Ledger:
 
     def give_back(self, jobs: list[Job], reason: str | None) -> None:
         """Ends leases without their end; with a reason this counts as an attempt of the jobs."""
-        with self._store.transaction():
+        with self.transaction():
             for job in jobs:
                 attempts = job.attempts + (reason is not None)
                 why = job.reason if reason is None else reason[:_REASON_CHARS]

@@ -165,9 +165,8 @@ class ScoringService:
 
             def land(rows, batch, lease=lease, asked=asked):
                 rows = np.asarray(rows)
-                with self.store.transaction():
+                with lease.landing(rows):
                     put(asked[0][rows], asked[1][rows], batch, retry)
-                    lease.landed(rows)
                 advance(len(rows))
 
             with lease:

@@ -49,11 +49,16 @@ def salvage(source: Path, out: Path, fingerprint: dict[str, str] | None = None) 
 
     Raises:
       StoreError: the fingerprint is lost and none is given, or another one is given; `out` exists,
-        or `source` does not, or it is being written.
+        or `source` does not, or it is being written or cannot be locked.
     """
     if not source.is_file():
         raise StoreError(f"there is no file {source}")
-    lock = WriterLock(source)
+    try:
+        lock = WriterLock(source)
+    except OSError as error:
+        raise StoreError(
+            f"{source} cannot be locked ({error}); copy it to another folder"
+        ) from None
     try:
         own = _own_fingerprint(source)
         if own and fingerprint:

@@ -274,3 +274,24 @@ def test_unknown_verify_names_the_flag(make_world):
     world = make_world()
     with pytest.raises(InputError, match="--verify=some is not one of all, top_m"):
         on_policy_round(world, np.array([0]), "some")
+
+
+def test_retried_prompts_join_their_groups(make_world):
+    """Mining, failures of three queries and a retry leave what mining without failures leaves."""
+    clean = make_world(name="clean")
+    world = make_world(environment=FakeEnvironment(failing={1002, 1005, 1007}))
+    for each in (clean, world):
+        run_mine(each)
+    failed = world.store.get_proposals("mine", [1002, 1005, 1007])
+    assert (failed.kept == 0).all()
+    assert len(failed.kept) > 20
+    world.environment.failing = frozenset()
+    queries, bank = world.queries.query_ids, world.bank.ids
+    assert world.service.retry_failed(queries, bank, label="x") == (len(failed.kept), 0)
+    run_mine(world)
+    kept = world.store.get_proposals("mine").kept
+    np.testing.assert_array_equal(kept, clean.store.get_proposals("mine").kept)
+    assert list(world.store.iter_scores()) == list(clean.store.iter_scores())
+    asked = len(world.environment.answered)
+    run_mine(world)
+    assert len(world.environment.answered) == asked

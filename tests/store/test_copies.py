@@ -239,6 +239,10 @@ def test_the_command(tmp_path):
     code, said, _ = store("verify", path)
     assert code == 1
     assert "table scores, query_id 2, pointer (): the content does not match" in said
+    (tmp_path / "cut").write_bytes(path.read_bytes()[:9000])
+    code, said, _ = store("verify", tmp_path / "cut")
+    assert code == 1
+    assert str(tmp_path / "cut") in said
     before = path.read_bytes()
     code, said, _ = store("salvage", f"--out={tmp_path / 'saved'}", path)
     assert code == 0

@@ -149,6 +149,26 @@ def test_an_asked_for_end_counts_nothing(path):
     assert len(environment.calls) == 1
 
 
+def test_what_was_not_committed_was_not_done(path, monkeypatch):
+    """Ctrl-C, or a full disk, in the very moment of a commit."""
+    put_scores, batches = Store.put_scores, iter(range(10**6))
+
+    def stopped(self, records):
+        put_scores(self, records)
+        if next(batches) == 15:  # The last batch of the first job.
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(Store, "put_scores", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        run(path, Arithmetic())
+    with Store.open(path, read_only=True) as store:
+        assert count_states(store) == {"todo": 3, "leased": 0, "done": 0, "failed": 0}
+        sizes = sorted(row[4] for row in store.read_rows("jobs"))
+        assert (sizes, store.counts()["scores"]) == ([16, 188, 256], 240)
+    run(path, Arithmetic())
+    assert content(path)[1] == {"todo": 0, "leased": 0, "done": 3, "failed": 0}
+
+
 def test_other_errors_are_counted_with_their_words(path):
     def fail(query, pointer):
         raise RuntimeError(f"no kernel for {query}")

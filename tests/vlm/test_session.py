@@ -8,7 +8,7 @@ from absl.testing import flagsaver
 
 from experiments import configs, run_folder, session
 from lever_jax.errors import InputError
-from lever_jax.store import StoreError
+from lever_jax.store import ScoreRecord, StoreError
 from qwen_bridge.vqa.digits import DigitsConfig, load_digits_world
 
 SMALL = {"bank_size": 120, "num_queries": 20, "num_eval": 10, "pool_size": 8, "threads": 1}
@@ -94,3 +94,24 @@ def test_another_encoder_keeps_the_scores_and_refuses_the_pools(given, tmp_path)
         assert other.parts == {"image": (0, 20), "question": (20, 40), "answer": (40, 60)}
         world = load_digits_world(DigitsConfig(bank=120, train=20, eval=10))
         assert other.train.table.bank.shape == (len(world.bank), 60)
+
+
+@pytest.mark.slow
+def test_retry_failed_asks_again_for_the_failures_of_this_run(given, capsys):
+    given(**SMALL)
+    workdir = run_folder.make_workdir()
+    with session.open_session(workdir) as first:
+        query, pool = int(first.train.query_ids[0]), first.train.pool_ids[0]
+        pointers = [tuple(map(int, pool[i : i + 2])) for i in range(3)]
+        failed = [ScoreRecord(query, pointer, eval_failed="lost") for pointer in pointers]
+        elsewhere = ScoreRecord(10**9, pointers[0], eval_failed="lost")
+        first.store.put_scores([*failed, elsewhere])
+    given(**SMALL, retry_failed=True)
+    with session.open_session(workdir) as second:
+        assert second.environment.stats["prompts_scored"] == 3
+        found = second.store.get_scores([query] * 3, pointers)
+        assert all(record.gt_prob is not None for record in found)
+        assert second.store.reasons("score") == {"lost": 1}
+        assert second.store.verify() == []
+    said = "--retry_failed: 3 prompts asked for again, 0 of them failed again"
+    assert said in capsys.readouterr().out
