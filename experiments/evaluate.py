@@ -17,13 +17,19 @@ from absl import flags
 
 from experiments import cli, configs, phases, run_folder, settings
 from experiments.compare import compare_runs, picks_of
+from experiments.grpo import BEST
 from experiments.output import check_out, write_out
 from experiments.progress import note, stage
 from experiments.session import open_session
 from experiments.tables import print_evaluation
 from lever_jax.errors import InputError
 
-PHASE = flags.DEFINE_enum("phase", None, settings.PHASES, "Evaluate this phase only; default all.")
+PHASE = flags.DEFINE_enum(
+    "phase",
+    None,
+    (*settings.PHASES, BEST),
+    "Evaluate this phase only; default all. grpo_best is GRPO's state with the best mean reward.",
+)
 OUT = flags.DEFINE_string(
     "out", None, "JSON file of the result; default WORKDIR/eval.json, or eval_WHAT_DIFFERS.json."
 )
@@ -56,7 +62,9 @@ def main():
         finished = phases.finished_phases(session)
         wanted = [PHASE.value] if PHASE.value else finished
         for name in wanted:
-            if name not in finished:
+            if name not in finished and not (
+                name == BEST and phases.best_of_grpo(session, finished)
+            ):
                 raise InputError(
                     f"--phase={name}: {workdir} has no such checkpoint; it has "
                     f"{', '.join(finished) or 'none'}"

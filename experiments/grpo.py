@@ -8,10 +8,12 @@ and the clipped ratio corrects for the rest. The VLM, the store and Ctrl-C stay 
 JAX lets go of Python's lock as it computes.
 
 After each round a partial checkpoint holds the state and the parameters that drew the round in
-flight; it is drawn again from them when a run is resumed.
+flight; it is drawn again from them when a run is resumed. Another keeps the parameters whose draws
+had the best mean reward.
 """
 
 import concurrent.futures
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -41,6 +43,7 @@ from lever_jax.training import (
 )
 
 PARTIAL = "grpo_rounds"
+BEST = "grpo_best"
 
 
 class _Drawn(NamedTuple):
@@ -59,14 +62,14 @@ class _Judged(NamedTuple):
 
 
 def train_rounds(
-    session: Session, reference: Params, recipe: str, log: MetricsLog, *, shots: int
+    session: Session, reference: Params, metadata: dict[str, Any], log: MetricsLog, *, shots: int
 ) -> Params | None:
     """Trains over all rounds, or over those that an earlier run of the recipe left.
 
     Args:
       session: the run.
       reference: parameters to start from, and that the KL is measured to.
-      recipe: of the phase.
+      metadata: of the phase's checkpoints; its recipe tells whether an earlier run is gone on with.
       log: takes the metrics of every step.
       shots: S.
 
@@ -74,7 +77,7 @@ def train_rounds(
       The parameters to evaluate; None where every group of every round was flat.
     """
     with count_compilations() as compiled:
-        rounds = _Rounds(session, reference, recipe, log, shots, compiled)
+        rounds = _Rounds(session, reference, metadata, log, shots, compiled)
         if settings.OVERLAP.value:
             _overlapped(rounds)
         else:
@@ -125,12 +128,13 @@ class _Rounds:
         self,
         session: Session,
         reference: Params,
-        recipe: str,
+        metadata: dict[str, Any],
         log: MetricsLog,
         shots: int,
         compiled: Callable[[], int],
     ):
-        self._session, self._recipe, self._log, self._shots = session, recipe, log, shots
+        self._session, self._metadata, self._log, self._shots = session, metadata, log, shots
+        self._recipe = metadata["recipe"]
         count, size = len(session.train), settings.GRPO_QUERIES.value
         self._rounds = [
             (epoch, start)
@@ -154,8 +158,9 @@ class _Rounds:
         self._behaviour = copied(self.state.params)
         self.first, self.learnt = 0, False
         self._partial = session.workdir / "checkpoints" / PARTIAL
+        self._best = session.workdir / "checkpoints" / BEST
         self._resume()
-        self._watch = Watch(session.workdir, recipe, int(self.state.step))
+        self._watch = Watch(session.workdir, self._recipe, int(self.state.step))
         self._key = phase_key(settings.SEED.value, "grpo")
         self._compiled, self._warm = compiled, None
         self._shares = IdleShares(session.environment)
@@ -199,14 +204,15 @@ class _Rounds:
 
     def train(self, judged: _Judged) -> None:
         """The updates on a round, and the partial checkpoint after it."""
-        number, groups, _ = judged
+        number, groups, common = judged
         with self._shares.jax_busy():
+            self._keep_best(common.get("sample_reward", math.nan))
             before, rows = copied(self.state.params), []
             if len(groups.query_rows):
                 rows = self._updates(judged)
             self._behaviour = before if settings.OVERLAP.value else copied(self.state.params)
             self.learnt |= any(row["flat_share"] < 1 for row in rows)
-            metadata = {"recipe": self._recipe, "round": number + 1, "learnt": self.learnt}
+            metadata = {**self._metadata, "round": number + 1, "learnt": self.learnt}
             checkpoint.save(self._partial, self._in_flight(), metadata)
         if not rows:
             note(f"round {number + 1}: no prompt could be scored; see eval_failed in the store")
@@ -219,6 +225,13 @@ class _Rounds:
             f"groups flat and dropped, KL {kl:.3f}, entropy {entropy:.2f} nats"
         )
         self._watch(rows)
+
+    def _keep_best(self, reward: float) -> None:
+        """Keeps the parameters that drew the round where their draws had the best mean reward."""
+        tree = {"params": self._behaviour}
+        checkpoint.save_if_best(
+            self._best, tree, self._metadata, figure="sample_reward", value=reward
+        )
 
     def compile_step(self) -> None:
         """Compiles what `train` needs, on groups that are thrown away."""

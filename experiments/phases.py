@@ -16,7 +16,7 @@ import jax
 import numpy as np
 
 from experiments import configs, imported, run_folder, settings
-from experiments.grpo import train_rounds
+from experiments.grpo import BEST, train_rounds
 from experiments.metrics import MetricsLog
 from experiments.output import whole_file
 from experiments.picks import PickLines
@@ -204,7 +204,8 @@ def train_grpo(session: Session, start: Trained, log: MetricsLog) -> Trained | N
         return restored
     if settings.VERIFY.value == "top_m":
         note("--verify=top_m leaves draws out of their groups, which biases the gradient")
-    params = train_rounds(session, start.params, recipe, log, shots=_shots())
+    metadata = _metadata(session, "grpo", recipe, start.recipe)
+    params = train_rounds(session, start.params, metadata, log, shots=_shots())
     if params is None:
         note("GRPO: every group of every round was flat, nothing was learnt; see the health check")
         return None
@@ -264,6 +265,18 @@ def finished_phases(session: Session) -> list[str]:
     return finished
 
 
+def best_of_grpo(session: Session, finished: list[str]) -> bool:
+    """Whether there is a best state of GRPO that started from the present phase before it."""
+    folder = session.workdir / "checkpoints"
+    if not checkpoint.exists(folder / BEST):
+        return False
+    before = [name for name in finished if name != "grpo"]
+    if not before:
+        return True
+    recipe = checkpoint.read_metadata(folder / before[-1])["recipe"]
+    return checkpoint.read_metadata(folder / BEST)["before"] == recipe
+
+
 def write_json(path, content) -> None:
     """Writes JSON atomically."""
     partial = path.with_suffix(".partial")
@@ -285,11 +298,18 @@ def _restored(session: Session, name: str, recipe: str) -> Trained | None:
 
 def _save(session: Session, name: str, trained: Trained) -> Trained:
     """Writes the checkpoint of a finished phase."""
-    metadata = {
+    metadata = _metadata(session, name, trained.recipe, trained.before)
+    checkpoint.save(session.workdir / "checkpoints" / name, {"params": trained.params}, metadata)
+    return trained
+
+
+def _metadata(session: Session, name: str, recipe: str, before: str | None) -> dict[str, Any]:
+    """What stands in every checkpoint of a phase."""
+    return {
         "phase": name,
         "shots": _shots(),
-        "recipe": trained.recipe,
-        "before": trained.before,
+        "recipe": recipe,
+        "before": before,
         "selector": dataclasses.asdict(configs.selector_config()),
         "parts": {part: list(span) for part, span in session.parts.items()},
         "embedding_dim": session.environment.hello["embedding_dim"],
@@ -298,8 +318,6 @@ def _save(session: Session, name: str, trained: Trained) -> Trained:
         "flags": run_folder.own_flags(),
         "code": VERSION,
     }
-    checkpoint.save(session.workdir / "checkpoints" / name, {"params": trained.params}, metadata)
-    return trained
 
 
 def _fit(
