@@ -7,7 +7,7 @@ import time
 
 import pytest
 
-from experiments import benchmark_store as benchmark
+from experiments import store_cell as benchmark
 from lever_jax.store import Store
 
 
@@ -30,7 +30,7 @@ def pages_read(path, read_only):
     """Bytes that opening a file reads of it and of its log, by the kernel's count."""
     script = f"""
 import pathlib
-from experiments.benchmark_store import open_seconds
+from experiments.store_cell import open_seconds
 before = int(open("/proc/self/io").read().split("rchar: ")[1].split()[0])
 open_seconds(pathlib.Path({str(path)!r}), {read_only})
 print(int(open("/proc/self/io").read().split("rchar: ")[1].split()[0]) - before)
