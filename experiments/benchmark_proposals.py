@@ -80,7 +80,7 @@ def main() -> None:
                 "queries": len(rows),
                 "selectors": _SELECTORS.value,
                 "pool": settings.POOL_SIZE.value,
-                "shots": _shots(),
+                "shots": configs.training_shots(),
                 "quotas": methods,
             },
             "best_gt_prob": {
@@ -114,10 +114,6 @@ def _filled(quotas: dict[str, int], proposals: int) -> dict[str, int]:
     return {**quotas, "random": quotas.get("random", 0) + left} if left else quotas
 
 
-def _shots() -> int:
-    return configs.train_shots(configs.evaluated_shots())
-
-
 def _best(session, proposer: Proposer, rows: np.ndarray, config: MiningConfig) -> np.ndarray:
     """Best gt_prob of the first n proposals, [Q, G], mean over the untrained selectors."""
     results = []
@@ -131,7 +127,7 @@ def _best(session, proposer: Proposer, rows: np.ndarray, config: MiningConfig) -
             phase_key(seed, "proposals"),
             session.service,
             config,
-            _shots(),
+            configs.training_shots(),
             label,
         )
         group, place = np.nonzero(drawn.mask)

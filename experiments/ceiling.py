@@ -35,7 +35,7 @@ def search_ceiling(session: Session, stage: str, count: int) -> dict[str, Any]:
     queries, service = session.train, session.service
     rng = np.random.default_rng([settings.SEED.value, 6])
     rows = np.sort(rng.permutation(len(queries))[:count])
-    shots = configs.train_shots(configs.evaluated_shots())
+    shots = configs.training_shots()
     label, beam = f"ceiling of {len(rows)} queries", _WIDER * settings.WARMUP_BEAM.value
     found = search_pools(
         queries,

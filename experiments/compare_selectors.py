@@ -101,7 +101,11 @@ def main() -> None:
                         each[what].append(value)
             found[name] = Measured(np.array(each["accuracy"]), np.array(each["shown"]))
         document = {
-            "settings": {"seeds": _SEEDS.value, "shots": _shots(), "metric": settings.METRIC.value},
+            "settings": {
+                "seeds": _SEEDS.value,
+                "shots": configs.training_shots(),
+                "metric": settings.METRIC.value,
+            },
             "options": compare(found),
             "identity": session.identity,
             "seconds": time.monotonic() - started,
@@ -157,7 +161,9 @@ def measure(session: Session, mined: str, name: str) -> dict[str, np.ndarray]:
     trained = phases.train_rce(own, trained, log, None if policy.stops else mined)
     log.close()
     proposer = Proposer(policy, session.eval.table)
-    picks = proposer.greedy(trained.params, np.arange(len(session.eval)), shots=_shots())
+    picks = proposer.greedy(
+        trained.params, np.arange(len(session.eval)), shots=configs.training_shots()
+    )
     scores = answer_picks(session.eval, picks, session.service, label=f"evaluate {name}")
     accuracy = scores[METRICS[settings.METRIC.value]]
     shown = float((picks >= 0).sum(axis=1).mean())
@@ -188,10 +194,6 @@ def compare(found: dict[str, Measured]) -> dict[str, dict]:
             gain = paired_difference(means[name][known], means[DEFAULT][known], bounds=bounds)
             rows[name]["difference"] = {"diff": gain.value, "ci95": gain.interval, "n": gain.n}
     return rows
-
-
-def _shots() -> int:
-    return configs.train_shots(configs.evaluated_shots())
 
 
 def _show(rows: dict[str, dict]) -> None:

@@ -56,10 +56,16 @@ def _check_numbers() -> None:
 
 def _check_stop() -> None:
     """Refuses a stop that can never come, and a cost that nothing can save."""
-    if settings.STOP.value and train_shots(evaluated_shots()) == 1:
+    if settings.STOP.value and training_shots() == 1:
         raise InputError(
             "--stop ends pointers after their first demonstration at the earliest, and "
             "--train_shots=1 has no more; raise it, or leave --stop out"
+        )
+    imports = settings.WARMUP.value == "import" or settings.RCE_DATA.value != "mined"
+    if settings.STOP.value and imports:
+        raise InputError(
+            "--stop learns from pointers of every length, and imported ones all have S "
+            "demonstrations; leave --stop out, or --warmup=import and --rce_data"
         )
     if settings.SHOT_COST.value and not settings.STOP.value:
         raise InputError(
@@ -78,7 +84,7 @@ def evaluated_shots() -> tuple[int, ...]:
         ) from None
     if not shots:
         raise InputError("--shots is empty; give numbers such as --shots=1,2")
-    for name, value in [("shots", n) for n in shots] + [("train_shots", train_shots(shots))]:
+    for name, value in [("shots", n) for n in shots] + [("train_shots", _training_shots(shots))]:
         if not 1 <= value <= 8:
             raise InputError(f"--{name}={value} is out of range; shots go from 1 to 8")
         if value > settings.POOL_SIZE.value:
@@ -89,9 +95,13 @@ def evaluated_shots() -> tuple[int, ...]:
     return shots
 
 
-def train_shots(shots: tuple[int, ...]) -> int:
+def training_shots() -> int:
     """S in training."""
-    return settings.TRAIN_SHOTS.value or max(shots)
+    return _training_shots(evaluated_shots())
+
+
+def _training_shots(evaluated: tuple[int, ...]) -> int:
+    return settings.TRAIN_SHOTS.value or max(evaluated)
 
 
 def left_out(phase: str) -> bool:

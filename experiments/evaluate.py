@@ -28,7 +28,7 @@ PHASE = flags.DEFINE_enum(
     "phase",
     None,
     (*settings.PHASES, BEST),
-    "Evaluate this phase only; default all. grpo_best is GRPO's state with the best mean reward.",
+    "Evaluate this phase only; default all. grpo_best: GRPO's state whose draws gained most.",
 )
 OUT = flags.DEFINE_string(
     "out", None, "JSON file of the result; default WORKDIR/eval.json, or eval_WHAT_DIFFERS.json."

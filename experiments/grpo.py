@@ -9,7 +9,7 @@ JAX lets go of Python's lock as it computes.
 
 After each round a partial checkpoint holds the state and the parameters that drew the round in
 flight; it is drawn again from them when a run is resumed. Another keeps the parameters whose draws
-had the best mean reward.
+gained most over the first draws for the same queries.
 """
 
 import concurrent.futures
@@ -156,6 +156,7 @@ class _Rounds:
         )
         # The parameters that draw, or drew, the round that is trained on next.
         self._behaviour = copied(self.state.params)
+        self._first_rewards = np.full(count, np.nan, np.float32)
         self.first, self.learnt = 0, False
         self._partial = session.workdir / "checkpoints" / PARTIAL
         self._best = session.workdir / "checkpoints" / BEST
@@ -204,9 +205,9 @@ class _Rounds:
 
     def train(self, judged: _Judged) -> None:
         """The updates on a round, and the partial checkpoint after it."""
-        number, groups, common = judged
+        number, groups, _ = judged
         with self._shares.jax_busy():
-            self._keep_best(common.get("sample_reward", math.nan))
+            self._keep_best(groups)
             before, rows = copied(self.state.params), []
             if len(groups.query_rows):
                 rows = self._updates(judged)
@@ -226,12 +227,20 @@ class _Rounds:
         )
         self._watch(rows)
 
-    def _keep_best(self, reward: float) -> None:
-        """Keeps the parameters that drew the round where their draws had the best mean reward."""
+    def _keep_best(self, groups: GroupBatch) -> None:
+        """Keeps the parameters whose draws gained most over the first draws for the same queries.
+
+        Rounds have different queries, some harder than others: mean rewards do not compare.
+        """
+        counts = np.maximum(groups.mask.sum(axis=1), 1)
+        rewards = np.where(groups.mask, groups.rewards, 0.0).sum(axis=1) / counts
+        first = self._first_rewards[groups.query_rows]
+        gains = np.where(np.isnan(first), 0.0, rewards - first)
+        new = groups.query_rows[np.isnan(first)]
+        self._first_rewards[new] = rewards[np.isnan(first)]
+        gain = float(gains.mean()) if len(gains) else math.nan
         tree = {"params": self._behaviour}
-        checkpoint.save_if_best(
-            self._best, tree, self._metadata, figure="sample_reward", value=reward
-        )
+        checkpoint.save_if_best(self._best, tree, self._metadata, figure="reward_gain", value=gain)
 
     def compile_step(self) -> None:
         """Compiles what `train` needs, on groups that are thrown away."""
@@ -319,7 +328,11 @@ class _Rounds:
         )
 
     def _in_flight(self) -> dict[str, Any]:
-        return {"state": self.state, "behaviour": self._behaviour}
+        return {
+            "state": self.state,
+            "behaviour": self._behaviour,
+            "first_rewards": self._first_rewards,
+        }
 
     def _resume(self) -> None:
         """Goes on after the last round of an earlier run of the same recipe."""
@@ -329,5 +342,6 @@ class _Rounds:
             return
         tree, metadata = checkpoint.restore(self._partial, self._in_flight())
         self.state, self._behaviour = tree["state"], tree["behaviour"]
+        self._first_rewards = tree["first_rewards"]
         self.first, self.learnt = metadata["round"], metadata["learnt"]
         note(f"resumed after round {self.first} of {len(self)}")

@@ -76,7 +76,7 @@ def _keep_beside(workdir: pathlib.Path) -> None:
     path = workdir / imported.NAME
     stage(f"import {RL_JSON.value} to {path}")
     dataset = open_dataset(configs.dataset_settings())
-    shots = configs.train_shots(configs.evaluated_shots())
+    shots = configs.training_shots()
     fresh = not path.exists()
     count = imported.write_imported(
         workdir, RL_JSON.value, pointers=POINTERS_ARE.value, beams=KIND.value == "beams"

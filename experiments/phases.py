@@ -10,6 +10,7 @@ import dataclasses
 import hashlib
 import json
 import pathlib
+import zlib
 from typing import Any
 
 import jax
@@ -65,12 +66,12 @@ def fresh(session: Session) -> Trained:
     """A selector that has learnt nothing."""
     recipe = {
         "selector": configs.selector_config().recipe(),
-        "pools": dataclasses.asdict(configs.pool_config()),
+        "pools": configs.pool_config().recipe(),
         "parts": {name: list(span) for name, span in session.parts.items()},
         "identity": session.identity,
         "encoder": session.encoder,
         "seed": settings.SEED.value,
-        "shots": configs.train_shots(configs.evaluated_shots()),
+        "shots": configs.training_shots(),
     }
     params = session.init(phase_key(settings.SEED.value, "init"))
     return Trained(params, _hash(recipe))
@@ -80,7 +81,7 @@ def warm_up(session: Session, start: Trained, log: MetricsLog) -> Trained:
     """Supervised training on the best pointers that a search of some pools, or a file, gives."""
     training = {"epochs": settings.WARMUP_EPOCHS.value, "rate": settings.WARMUP_RATE.value}
     if settings.WARMUP.value == "import":
-        data = imported.warmup_targets(session, _shots())
+        data = imported.warmup_targets(session, configs.training_shots())
         training |= {"table": data.table, "origin": data.origin}
         return _fit(session, "warmup", "supervised", start, data.groups, log, **training)
     rows = np.arange(min(settings.WARMUP_QUERIES.value, len(session.train)))
@@ -88,18 +89,23 @@ def warm_up(session: Session, start: Trained, log: MetricsLog) -> Trained:
         session.train,
         rows,
         session.service,
-        shots=_shots(),
+        shots=configs.training_shots(),
         beam=settings.WARMUP_BEAM.value,
         label="warm-up search",
         score=settings.SEARCH_SCORE.value,
         construction=settings.SEARCH_CONSTRUCTION.value,
         shorter=session.policy.stops,
     )
-    groups = search_targets(rows, found, settings.WARMUP_TARGETS.value, shots=_shots())
+    groups = search_targets(
+        rows, found, settings.WARMUP_TARGETS.value, shots=configs.training_shots()
+    )
     note(f"{len(groups.query_rows)} of {len(rows)} queries have a pointer worth imitating")
     if session.policy.stops:
         shown = (groups.pointers >= 0).sum(axis=-1)[groups.mask]
-        note(f"these show {shown.mean():.2f} demonstrations on average, at most {_shots()}")
+        note(
+            f"these show {shown.mean():.2f} demonstrations on average, at most "
+            f"{configs.training_shots()}"
+        )
     return _fit(session, "warmup", "supervised", start, groups, log, **training)
 
 
@@ -118,7 +124,7 @@ def mine_data(session: Session, selector: Trained) -> None:
         phase_key(settings.SEED.value, MINING),
         session.service,
         config,
-        shots=_shots(),
+        shots=configs.training_shots(),
     )
     session.store.mark_done(mining_stage(selector), {"queries": len(session.train)})
 
@@ -153,7 +159,7 @@ def training_picks(session: Session, selector: Trained, name: str) -> np.ndarray
     used the data without asking the VLM again.
     """
     pointers = session.train_proposer.greedy(
-        selector.params, np.arange(len(session.train)), shots=_shots()
+        selector.params, np.arange(len(session.train)), shots=configs.training_shots()
     )
     scores = answer_picks(session.train, pointers, session.service, label=f"picks of {name}")
     keep_training_picks(session.workdir, name, session.train.query_ids, scores["accuracy"])
@@ -173,7 +179,7 @@ def train_rce(
         stage = stage or mining_stage(start)
         groups = mined_groups(stage, session.train, session.store, reward)
     if source != "mined":
-        data = imported.rce_groups(session, _shots(), beside=groups)
+        data = imported.rce_groups(session, configs.training_shots(), beside=groups)
         groups, training = data.groups, training | {"table": data.table, "origin": data.origin}
     return _fit(session, "rce", "rce", start, groups, log, **training)
 
@@ -205,7 +211,7 @@ def train_grpo(session: Session, start: Trained, log: MetricsLog) -> Trained | N
     if settings.VERIFY.value == "top_m":
         note("--verify=top_m leaves draws out of their groups, which biases the gradient")
     metadata = _metadata(session, "grpo", recipe, start.recipe)
-    params = train_rounds(session, start.params, metadata, log, shots=_shots())
+    params = train_rounds(session, start.params, metadata, log, shots=configs.training_shots())
     if params is None:
         note("GRPO: every group of every round was flat, nothing was learnt; see the health check")
         return None
@@ -307,7 +313,7 @@ def _metadata(session: Session, name: str, recipe: str, before: str | None) -> d
     """What stands in every checkpoint of a phase."""
     return {
         "phase": name,
-        "shots": _shots(),
+        "shots": configs.training_shots(),
         "recipe": recipe,
         "before": before,
         "selector": dataclasses.asdict(configs.selector_config()),
@@ -363,7 +369,15 @@ def _fit(
     steps = epochs * len(batches)
     optimizer = make_optimizer(rate, steps=steps)
     ema, mesh = settings.EMA.value, session.mesh
-    step = make_step(kind, session.policy, optimizer, configs.loss_config(), ema=ema, mesh=mesh)
+    step = make_step(
+        kind,
+        session.policy,
+        optimizer,
+        configs.loss_config(),
+        ema=ema,
+        mesh=mesh,
+        dropout_seed=zlib.crc32(f"{settings.SEED.value} {name}".encode()),
+    )
     state, reference, table = replicated(
         mesh,
         (
@@ -392,15 +406,11 @@ def _fit(
     return _save(session, name, Trained(state.evaluated, recipe, start.recipe))
 
 
-def _shots() -> int:
-    return configs.train_shots(configs.evaluated_shots())
-
-
 def mining_stage(selector: Trained) -> str:
     """Name under which the store keeps what `selector` proposed; pointers of one length only."""
     config = dataclasses.asdict(configs.mining_config())
     by = _hash({"selector": selector.recipe, "config": config, "seed": settings.SEED.value})
-    return f"{MINING}_{_shots()}_shots_{by}"
+    return f"{MINING}_{configs.training_shots()}_shots_{by}"
 
 
 def _read_by(kind: str) -> dict[str, Any]:

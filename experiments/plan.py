@@ -133,7 +133,7 @@ def run_config() -> RunConfig:
         train=settings.NUM_QUERIES.value,
         evaluated=settings.NUM_EVAL.value,
         pool=settings.POOL_SIZE.value,
-        shots=configs.train_shots(configs.evaluated_shots()),
+        shots=configs.training_shots(),
         warmup_queries=settings.WARMUP_QUERIES.value if searches else 0,
         warmup_beam=settings.WARMUP_BEAM.value,
         mining=configs.mining_config(),

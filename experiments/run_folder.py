@@ -50,7 +50,7 @@ def save_flags(workdir: pathlib.Path) -> None:
 
     S of training is written as a number, so that evaluating other shots does not change it.
     """
-    resolved = f"--train_shots={configs.train_shots(configs.evaluated_shots())}"
+    resolved = f"--train_shots={configs.training_shots()}"
     lines = [line for line in {**own_flags(), "train_shots": resolved}.values() if line]
     (workdir / "flags.txt").write_text("\n".join([f"--workdir={workdir}", *lines]) + "\n")
     write_out(str(workdir / RUN_FILE), run_settings())

@@ -8,6 +8,7 @@ to the store and to files. The two are never mixed.
 import dataclasses
 import functools
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -47,6 +48,10 @@ class PoolConfig:
 
     def __post_init__(self):
         pool_quotas(self.size, self.shares)
+
+    def recipe(self) -> dict[str, Any]:
+        """What decides the pools: all fields, but for the memory always at its default."""
+        return dataclasses.asdict(dataclasses.replace(self, memory_mib=PoolConfig.memory_mib))
 
     @property
     def weights(self) -> dict[str, float]:

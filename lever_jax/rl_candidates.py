@@ -43,6 +43,7 @@ def candidates_of(
             block[name] = np.pad(block[name], ((0, 0), (0, short)), constant_values=-1)
     joined = {name: np.concatenate([block[name] for block in blocks]) for name in blocks[0]}
     scores = {name: joined[name] for name in ("gt_prob", "accuracy", "similarity")}
+    scores["shots"] = np.sum(joined["pointer"] >= 0, axis=1)
     needs_similarity = reward.similarity_weight and np.isnan(scores["similarity"]).all()
     rewards = np.full(len(joined["failed"]), np.nan) if needs_similarity else reward.of(scores)
     log_prob = joined["log_prob"]

@@ -16,6 +16,7 @@ import optax
 
 from lever_jax.advantages import compute_advantages, without_replacement
 from lever_jax.losses import exact_kl, grpo_loss, mean_over_groups, rce_loss, supervised_loss
+from lever_jax.masking import is_masked
 from lever_jax.parallel import shardings
 from lever_jax.policy import Params, Policy, pointer_log_probs
 from lever_jax.types import CandidatePool
@@ -178,6 +179,7 @@ def make_step(
     *,
     ema: float = 0.0,
     mesh: jax.sharding.Mesh | None = None,
+    dropout_seed: int = 0,
 ) -> "Step":
     """Returns the jitted step of a phase.
 
@@ -188,12 +190,16 @@ def make_step(
       config: settings of the losses.
       ema: in [0, 1), decay of the average that the state keeps if `init_state` gave it one.
       mesh: devices that share each batch, from `parallel.make_mesh`.
+      dropout_seed: of what a policy with dropout leaves out.
     """
     losses = {"supervised": _supervised, "rce": _rce, "grpo": _grpo}[kind]
 
     def groups_of(params, reference, table, batch, step):
         query, pool = table.read(batch.query_rows)
-        keys = _dropout_keys(kind, policy, table.query_ids[batch.query_rows], step)
+        keys = None
+        # GRPO never drops: its ratio compares with what sampling, which does not drop, said.
+        if policy.dropout and kind != "grpo":
+            keys = _dropout_keys(dropout_seed, table.query_ids[batch.query_rows], step)
         per_query = functools.partial(losses, policy, config, params, reference)
         loss, counted, aux = jax.vmap(per_query)(query, pool, batch, keys)
         present = jnp.any(batch.mask, axis=1)
@@ -302,22 +308,18 @@ def make_log_probs(policy: Policy, mesh: jax.sharding.Mesh | None = None):
     return jax.jit(log_probs, **shardings(mesh, "wws", "s"))
 
 
-def _dropout_keys(kind: str, policy: Policy, query_ids: jax.Array, step: jax.Array):
-    """A key [B] for each query of a step, or None where nothing is dropped.
-
-    GRPO never drops: its ratio compares with what sampling, which does not drop either, said.
-    """
-    if kind == "grpo" or not policy.dropout:
-        return None
-    key = jax.random.fold_in(jax.random.key(0), step)
+def _dropout_keys(seed: int, query_ids: jax.Array, step: jax.Array) -> jax.Array:
+    """A key [B] for each query of a step."""
+    key = jax.random.fold_in(jax.random.key(seed), step)
     return jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, query_ids)
 
 
 def _entropy(step_log_probs, mask):
-    """Mean entropy in nats of the steps of the pointers that count."""
-    terms = jnp.where(step_log_probs > -1e8, jnp.exp(step_log_probs) * step_log_probs, 0.0)
-    per_pointer = -jnp.mean(jnp.sum(terms, axis=-1), axis=-1)
-    return jnp.sum(jnp.where(mask, per_pointer, 0)) / jnp.maximum(jnp.sum(mask), 1)
+    """Mean entropy in nats of the picks that had a choice, over the pointers that count."""
+    possible = ~is_masked(step_log_probs)  # [G, S, A]
+    per_step = -jnp.sum(jnp.where(possible, jnp.exp(step_log_probs) * step_log_probs, 0.0), axis=-1)
+    choice = mask[:, None] & (jnp.sum(possible, axis=-1) > 1)
+    return jnp.sum(jnp.where(choice, per_step, 0.0)) / jnp.maximum(jnp.sum(choice), 1)
 
 
 def _supervised(policy, config, params, reference, query, pool, group, key):

@@ -89,19 +89,22 @@ def lagging_reference(world, overlap):
     optimizer = training.make_optimizer(0.01, steps=STEPS)
     state = training.init_state(world.params, optimizer, averaged=True)
     drawers = [world.params]  # parameters before round 0, 1, ...
-    best, reward = None, -np.inf
+    best, most, first = None, -np.inf, {}
     for number in range(ROUNDS):
         drawer = drawers[max(number - 1, 0)] if overlap else drawers[number]
         order = np.random.default_rng([5, number // 2]).permutation(12)
         rows = np.sort(order[6 * (number % 2) :][:6])
         key = jax.random.fold_in(phase_key(5, "grpo"), number)
         drawn = draw(shared["proposer"], drawer, key, rows, shots=SHOTS, group_size=4)
-        groups, scores = judge(
+        groups, _ = judge(
             world.queries, drawn, world.service, RewardConfig(), verify="all",
             config=MiningConfig(), label="",
         )  # fmt: skip
-        if np.mean(scores["reward"]) > reward:
-            best, reward = drawer, np.mean(scores["reward"])
+        gains = []
+        for row, own, counts in zip(groups.query_rows, groups.rewards, groups.mask):
+            gains.append(own[counts].mean() - first.setdefault(row, own[counts].mean()))
+        if np.mean(gains) > most:
+            best, most = drawer, np.mean(gains)
         for batch in Batches(groups, 4, one_size=True).epoch((5, number, 0)):
             state, _ = shared["make_step"](state, world.params, world.queries.table, batch)
         drawers.append(training.copied(state.params))
