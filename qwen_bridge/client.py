@@ -23,6 +23,7 @@ from qwen_bridge.batching import (
     assemble_score,
     plan_batches,
 )
+from qwen_bridge.engine import Engine, LocalEngine
 from qwen_bridge.errors import InputError
 from qwen_bridge.interrupts import Interrupts
 from qwen_bridge.messages import MAX_SLOT_BYTES, MAX_SLOTS, MIN_SLOT_BYTES, Settings, decode, encode
@@ -62,6 +63,7 @@ class Environment:
         slots: int = 4,
         deadline_s: float = 600.0,
         factory: str = "qwen_bridge.workers:build",
+        engine: Engine | None = None,
         startup_s: float = 1800.0,
         max_restarts: int = 16,
         backoff_s: float = 0.1,
@@ -76,6 +78,8 @@ class Environment:
           slots: batches in flight to one worker, in [1, 64].
           deadline_s: longest time for one batch, after which the worker counts as hung.
           factory: "module:function" that builds the scorer, in the worker.
+          engine: where workers live, instead of `workers` processes of `threads` on this machine;
+            opened here, and closed with the environment.
           startup_s: longest time to build the scorer.
           max_restarts: workers that may end in a row in one place, without one result between
             them, before the place is closed; with the last place the call fails. Ends that one
@@ -99,20 +103,21 @@ class Environment:
             decode(encode(message))
         except ProtocolError as error:
             raise InputError(f"the settings of the environment: {error}") from None
+        engine = engine or LocalEngine(workers, threads)
         self._in_call = False
         self._slot_bytes = slot_bytes
         self._interrupts = Interrupts()
         self._scheduler = Scheduler(
             message,
-            workers=workers,
-            threads=threads,
+            engine,
             deadline_s=deadline_s,
             startup_s=startup_s,
             max_restarts=max_restarts,
             backoff_s=backoff_s,
             interrupts=self._interrupts,
         )
-        self._finalizer = weakref.finalize(self, _close_in, os.getpid(), self._scheduler.seats)
+        seats = self._scheduler.seats
+        self._finalizer = weakref.finalize(self, _close_in, os.getpid(), seats, engine)
         try:
             with self._interrupts.held():
                 self._scheduler.start()
@@ -260,10 +265,10 @@ class Environment:
         return pieces
 
 
-def _close_in(pid: int, seats: list[Seat]) -> None:
+def _close_in(pid: int, seats: list[Seat], engine: Engine) -> None:
     """Closes at exit, but not in a process that was forked off the driver."""
     if os.getpid() == pid:
-        close_seats(seats)
+        close_seats(seats, engine)
 
 
 def _within(name: str, value: int, low: int, high: int) -> None:
