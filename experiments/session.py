@@ -103,9 +103,11 @@ def open_session(workdir: pathlib.Path) -> Iterator[Session]:
         environment = stack.enter_context(
             Environment(
                 # Resolved here, once: workers must not download the same files at the same time.
-                {**configs.worker_settings(), "model": resolve_model(settings.MODEL.value)},
-                workers=settings.WORKERS.value,
-                threads=settings.THREADS.value,
+                {
+                    **configs.absolute_worker_settings(),
+                    "model": resolve_model(settings.MODEL.value),
+                },
+                engine=configs.engine(),
                 deadline_s=settings.DEADLINE_S.value,
                 factory=settings.FACTORY.value,
             )

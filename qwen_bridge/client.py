@@ -24,7 +24,7 @@ from qwen_bridge.batching import (
     plan_batches,
 )
 from qwen_bridge.engine import Engine, LocalEngine
-from qwen_bridge.errors import InputError
+from qwen_bridge.errors import InputError, check_within
 from qwen_bridge.interrupts import Interrupts
 from qwen_bridge.messages import MAX_SLOT_BYTES, MAX_SLOTS, MIN_SLOT_BYTES, Settings, decode, encode
 from qwen_bridge.protocol import (
@@ -38,8 +38,6 @@ from qwen_bridge.protocol import (
     rows_that_fit,
 )
 from qwen_bridge.scheduler import Call, Scheduler, Seat, close_seats
-
-MAX_WORKERS = 64
 
 
 class Environment:
@@ -91,19 +89,17 @@ class Environment:
           InputError: an argument or the settings are wrong, with the line the factory wrote.
           WorkerError: a worker could not be started.
         """
-        _within("workers", workers, 1, MAX_WORKERS)
-        _within("threads", threads, 0, 4096)
-        _within("slots", slots, 1, MAX_SLOTS)
-        _within("slot_bytes", slot_bytes, MIN_SLOT_BYTES, MAX_SLOT_BYTES)
+        check_within("slots", slots, 1, MAX_SLOTS)
+        check_within("slot_bytes", slot_bytes, MIN_SLOT_BYTES, MAX_SLOT_BYTES)
         for name, seconds in (("deadline_s", deadline_s), ("startup_s", startup_s)):
             if not seconds > 0:
                 raise InputError(f"{name}={seconds} must be above 0")
+        engine = engine or LocalEngine(workers, threads)
         message = Settings(factory, settings, slots, slot_bytes)
         try:
             decode(encode(message))
         except ProtocolError as error:
             raise InputError(f"the settings of the environment: {error}") from None
-        engine = engine or LocalEngine(workers, threads)
         self._in_call = False
         self._slot_bytes = slot_bytes
         self._interrupts = Interrupts()
@@ -269,8 +265,3 @@ def _close_in(pid: int, seats: list[Seat], engine: Engine) -> None:
     """Closes at exit, but not in a process that was forked off the driver."""
     if os.getpid() == pid:
         close_seats(seats, engine)
-
-
-def _within(name: str, value: int, low: int, high: int) -> None:
-    if not low <= value <= high:
-        raise InputError(f"{name}={value} is out of range; it must be in [{low}, {high}]")

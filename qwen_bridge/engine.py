@@ -12,8 +12,11 @@ from typing import Any, Protocol
 
 from qwen_bridge.arena import SlotTable
 from qwen_bridge.channel import wait_readable
+from qwen_bridge.errors import check_within
 from qwen_bridge.messages import Message, Settings
 from qwen_bridge.worker_process import WorkerProcess, worker_environment
+
+MAX_LOCAL_WORKERS = 64
 
 
 class Slots(Protocol):
@@ -101,7 +104,9 @@ class LocalEngine:
     elastic = False
 
     def __init__(self, workers: int, threads: int):
-        """Args as for `Environment`."""
+        """Args as for `Environment`; raises InputError where they are out of range."""
+        check_within("workers", workers, 1, MAX_LOCAL_WORKERS)
+        check_within("threads", threads, 0, 4096)
         self._workers, self._threads = workers, threads
 
     def open(self) -> None:

@@ -20,7 +20,7 @@ import time
 from collections import deque
 from collections.abc import Iterator, Sequence
 
-from qwen_bridge.errors import InputError
+from qwen_bridge.errors import InputError, check_within
 from qwen_bridge.messages import Settings
 from qwen_bridge.ray_worker import RayWorker, ScorerActor
 from qwen_bridge.worker_process import THREAD_VARIABLES, bridge_variables
@@ -45,7 +45,7 @@ class RayEngine:
         address: str = "auto",
         workers: int | None = None,
         threads: int = 0,
-        gpus_per_worker: float = 0.0,
+        gpus_per_worker: float | None = None,
         deadline_s: float = 600.0,
     ):
         """Checks the arguments; `open` connects.
@@ -56,7 +56,8 @@ class RayEngine:
           workers: how many, at most 1024; those that find no room wait for it. None: as many as
             the cluster has room for, and more when machines join.
           threads: CPU threads of each, which are also the CPUs that it asks for; 0 means 1.
-          gpus_per_worker: 0, 1, or the share of one GPU, so that 1/share workers share it.
+          gpus_per_worker: 0, 1, or the share of one GPU, so that 1/share workers share it. None:
+            1 where the cluster has GPUs, else 0.
           deadline_s: as for `Environment`.
 
         Raises:
@@ -64,9 +65,15 @@ class RayEngine:
         """
         if not re.fullmatch(r"auto|local|[^\s:/]+:\d+|\[[0-9a-fA-F:]+\]:\d+", address):
             raise InputError(f"--ray_address={address} is not auto, local or HOST:PORT")
-        if workers is not None and not 1 <= workers <= MAX_RAY_WORKERS:
-            raise InputError(f"--workers={workers} is out of range, 1 to {MAX_RAY_WORKERS}")
-        check_gpus_per_worker(gpus_per_worker)
+        if workers is not None:
+            check_within("workers", workers, 1, MAX_RAY_WORKERS)
+        if gpus_per_worker is not None and not (
+            gpus_per_worker == 0 or 0.001 <= gpus_per_worker <= 1
+        ):
+            raise InputError(
+                f"--gpus_per_worker={gpus_per_worker:g} must be 0, 1, or a share of one GPU such "
+                "as 0.5; a worker uses one GPU"
+            )
         self._address, self._workers, self._deadline_s = address, workers, deadline_s
         self._cpus, self._gpus = max(threads, 1), gpus_per_worker
         self._places, self._looked = 0, -math.inf
@@ -91,6 +98,8 @@ class RayEngine:
             self._connected = True
             with _keeping_signals():
                 (self._start_local if self._address == "local" else self._connect)()
+        if self._gpus is None:
+            self._gpus = float(any(node.get("GPU", 0) >= 1 for node in self._nodes()))
         self._actor = ray.remote(ScorerActor)
 
     def _connect(self) -> None:
@@ -232,15 +241,6 @@ def room(resources: dict[str, float], *, cpus: int, gpus: float) -> int:
     if not gpus:
         return by_cpu
     return min(by_cpu, int(resources.get("GPU", 0.0)) * int(1 / gpus + 1e-6))
-
-
-def check_gpus_per_worker(gpus: float) -> None:
-    """Raises InputError where no worker can have this share of a GPU."""
-    if not (gpus == 0 or 0.001 <= gpus <= 1):
-        raise InputError(
-            f"--gpus_per_worker={gpus:g} must be 0, 1, or a share of one GPU such as 0.5; a worker "
-            "uses one GPU, so give --workers more of them instead"
-        )
 
 
 @contextlib.contextmanager
