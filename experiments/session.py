@@ -9,6 +9,7 @@ from collections.abc import Iterator
 import numpy as np
 
 from experiments import configs, settings
+from experiments.batched import BatchedEnvironment
 from experiments.progress import bar, note
 from lever_jax.errors import InputError
 from lever_jax.pooled import Embedded, PooledQueries, pool_queries
@@ -64,21 +65,6 @@ class Session:
     def parts(self) -> dict[str, tuple[int, int]]:
         """Column ranges of the parts of an embedding."""
         return self.environment.hello["parts"]
-
-
-class BatchedEnvironment:
-    """The environment with the run's request size, as `ScoringService` calls it."""
-
-    def __init__(self, environment: Environment, batch: int):
-        self._environment, self._batch = environment, batch
-
-    def score(self, queries, pointers, on_batch=None):
-        """See `Environment.score`."""
-        return self._environment.score(queries, pointers, on_batch, batch_size=self._batch)
-
-    def answer(self, queries, pointers, on_batch=None):
-        """See `Environment.answer`."""
-        return self._environment.answer(queries, pointers, on_batch, batch_size=self._batch)
 
 
 @contextlib.contextmanager

@@ -3,7 +3,6 @@
 import os
 import signal
 import socket
-import subprocess
 import sys
 import threading
 import time
@@ -13,7 +12,6 @@ import pytest
 from faults.injection import hashed
 from leaks import alive, children, ports
 
-from qwen_bridge import ray_cluster
 from qwen_bridge.client import Environment
 from qwen_bridge.errors import InputError
 from qwen_bridge.ray_cluster import RayEngine, room
