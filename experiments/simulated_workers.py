@@ -10,6 +10,7 @@ import math
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
+from typing import ClassVar
 
 from qwen_bridge.arena import SlotTable
 from qwen_bridge.messages import Hello, Message, Request, Result, Settings, decode, encode
@@ -110,6 +111,7 @@ class SimulatedWorker:
     """Answers its requests one after the other, each at its time; see `engine.Worker`."""
 
     placed, where = True, ""
+    hello_fields: ClassVar = {"embedding_dim": 1, "parts": {}, "model": "simulated"}
 
     def __init__(self, engine: VirtualEngine, settings: Settings):
         """Its hello is there at once."""
@@ -119,8 +121,8 @@ class SimulatedWorker:
         self.slots = SlotTable(settings.slots)
         self.arena = PrivateMemory(settings.slots, settings.slot_bytes)
         self._engine, self._free_at = engine, self.since
-        hello = {"embedding_dim": 1, "parts": {}, "model": "simulated"}
-        self._replies: deque[tuple[float, bytes]] = deque([(self.since, encode(Hello(hello)))])
+        self._replies: deque[tuple[float, bytes]] = deque()
+        self._replies.append((self.since, encode(Hello(self.hello_fields))))
         engine.schedule(self, self.since)
 
     def send(self, message: Request) -> None:

@@ -3,19 +3,23 @@
 import os
 import signal
 import socket
+import subprocess
 import sys
 import threading
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
 from faults.injection import hashed
 from leaks import alive, children, ports
+from worker_settings import SETTINGS
 
 from qwen_bridge.client import Environment
 from qwen_bridge.errors import InputError
 from qwen_bridge.ray_cluster import RayEngine, room
 from qwen_bridge.scheduler import WorkerError
+from qwen_bridge.vqa.sources import open_dataset
 
 ray = pytest.importorskip("ray", reason="needs Ray: pip install 'lever[ray]'")
 pytestmark = pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::FutureWarning")
@@ -74,10 +78,6 @@ def environment(cluster):
         each.close()
 
 
-def all_placed(env):
-    return all(seat.worker and seat.worker.hello for seat in env._scheduler.seats)
-
-
 def check(scores, failed=()):
     assert sorted(scores.reasons) == sorted(failed)
     fine = np.setdiff1d(np.arange(len(QUERIES)), failed)
@@ -116,6 +116,7 @@ def test_gives_what_local_workers_give(environment):
     assert sum(ours.stats["busy_s"]) > 0
 
 
+@pytest.mark.slow
 def test_errors_of_the_scorer_come_through(environment):
     faults = [
         {"fault": "input_error", "query": 1},
@@ -130,6 +131,7 @@ def test_errors_of_the_scorer_come_through(environment):
     assert env.stats["restarts"] == 0
 
 
+@pytest.mark.slow
 def test_a_worker_killed_again_and_again_costs_nothing_but_time(environment):
     env = environment({"delay_s": 0.02})
     stop, kills = threading.Event(), []
@@ -155,6 +157,7 @@ def test_a_worker_killed_again_and_again_costs_nothing_but_time(environment):
     assert env.stats["prompts_given_up"] == 0
 
 
+@pytest.mark.slow
 def test_a_hung_worker_and_one_that_answers_nonsense_are_replaced(environment, tmp_path):
     faults = [
         {"fault": "hang", "query": 105, "once": str(tmp_path / "hung")},
@@ -165,6 +168,7 @@ def test_a_hung_worker_and_one_that_answers_nonsense_are_replaced(environment, t
     assert env.stats["restarts"] == 2
 
 
+@pytest.mark.slow
 def test_what_cannot_be_built_is_said_with_its_place(environment):
     with pytest.raises(InputError, match=r"no config.json; give a model folder \(on .+ process"):
         environment({"build": "input_error"})
@@ -174,23 +178,9 @@ def test_what_cannot_be_built_is_said_with_its_place(environment):
         environment({"build": "exit"})
 
 
-def test_workers_that_are_not_the_same_are_refused(environment):
-    with pytest.raises(WorkerError, match=r"workers disagree: model was '[01]' and is now '[01]'"):
-        env = environment(factory="trivial_scorer:build_unlike")
-        wait_until(lambda: env.embed("bank", [1]) is None, 10)
-
-
-def test_a_worker_without_room_waits_and_the_others_work(environment):
-    env = environment(workers=5)
-    check(env.score(QUERIES, POINTERS))
-    wait_until(lambda: sum(seat.worker.placed for seat in env._scheduler.seats) >= 1)
-    seats = env._scheduler.seats
-    assert len(seats) == 5
-
-
 def test_no_room_at_all_ends_with_what_there_is(cluster):
     engine = RayEngine(workers=1, gpus_per_worker=1.0)
-    with pytest.raises(WorkerError, match=r"asks for 1 CPU and 1 GPU, and the cluster has 1 mach"):
+    with pytest.raises(WorkerError, match=r"asks for 1 CPU and 1 GPU, and the cluster has . mach"):
         Environment({}, engine=engine, factory="trivial_scorer:build", startup_s=0.5)
 
 
@@ -231,3 +221,95 @@ def test_no_cluster_and_no_ray_say_what_to_do(monkeypatch):
     monkeypatch.setitem(sys.modules, "ray", None)
     with pytest.raises(InputError, match=r"needs Ray: pip install 'lever\[ray\]'"):
         RayEngine().open()
+
+
+@pytest.fixture
+def join(cluster):
+    """Adds a machine to the cluster; it leaves when the process is killed."""
+    started = []
+    address = ray.get_runtime_context().gcs_address
+
+    def add(cpus):
+        script = Path(__file__).with_name("ray_node.py")
+        command = [sys.executable, str(script), address, cluster._folder, str(cpus)]
+        started.append(subprocess.Popen(command, stdout=subprocess.PIPE))
+        return started[-1]
+
+    yield add
+    for process in started:
+        process.kill()
+        process.communicate()
+
+
+@pytest.mark.slow
+def test_machines_join_and_leave_while_a_job_runs(cluster, join):
+    """Four workers here, three more on a machine that joins, killed with it in mid-batch."""
+    with Environment(
+        {"delay_s": 0.05},
+        engine=RayEngine(workers=None),
+        factory="trivial_scorer:build",
+        backoff_s=0.001,
+    ) as env:
+        seats = env._scheduler.seats
+        check(env.score(QUERIES, POINTERS, batch_size=4))
+        assert len(seats) == 4
+
+        def ready():
+            check(env.score(QUERIES, POINTERS, batch_size=4))
+            return sum(bool(seat.worker and seat.worker.hello) for seat in seats)
+
+        machine = join(3)
+        wait_until(lambda: ready() == 7)
+        before = env.stats["restarts"]
+        killer = threading.Timer(0.3, machine.kill)
+        killer.start()
+        check(env.score(QUERIES, POINTERS, batch_size=2))
+        killer.join()
+        wait_until(lambda: ready() == 4)
+        assert env.stats["restarts"] >= before + 3
+        assert sum(seat.worker is not None and not seat.worker.placed for seat in seats) == 3
+        join(1)
+        wait_until(lambda: ready() == 5)
+        assert env.stats["prompts_given_up"] == 0
+        assert env.stats["workers_closed"] == 0
+
+
+@pytest.mark.slow
+def test_the_real_scorer_gives_the_same_and_is_hardly_slower(cluster, capsys):
+    """Two workers of one thread each, here as processes and there as actors, in turn."""
+    examples = open_dataset(SETTINGS["dataset"])
+    ids = np.array([example.id for example in examples.eval[:24]])
+    bank = np.array([example.id for example in examples.bank])
+    rng = np.random.default_rng(11)
+    options = {"threads": 1, "workers": 2}
+    seconds, results = {"local": [], "ray": []}, {}
+    with (
+        Environment(SETTINGS, **options) as local,
+        Environment(SETTINGS, engine=RayEngine(address="local", **options)) as ours,
+    ):
+        wait_until(lambda: ours.embed("bank", bank[:64]) is not None and both_ready(ours))
+        for turn in range(16):
+            queries = np.repeat(ids, 16)
+            pointers = np.stack([rng.choice(bank, 2, replace=False) for _ in queries])
+            pair = [("local", local), ("ray", ours)]
+            for name, env in pair if turn % 2 else pair[::-1]:
+                started = time.perf_counter()
+                results[name] = env.score(queries, pointers, batch_size=32)
+                seconds[name].append(time.perf_counter() - started)
+            np.testing.assert_array_equal(results["ray"].certified, results["local"].certified)
+            np.testing.assert_allclose(
+                results["ray"].gt_prob, results["local"].gt_prob, rtol=0, atol=1e-5
+            )
+        assert ours.stats["restarts"] == local.stats["restarts"] == 0
+    ratios = np.array(seconds["ray"][1:]) / np.array(seconds["local"][1:])
+    with capsys.disabled():
+        print(
+            f"\nRay against local, {len(queries)} prompts a round: ratio of seconds "
+            f"{np.median(ratios):.3f} (median; {ratios.min():.3f} to {ratios.max():.3f}), "
+            f"{np.median(seconds['local']):.2f} s and {np.median(seconds['ray']):.2f} s"
+        )
+    assert np.median(ratios) < 1.1
+
+
+def both_ready(env):
+    return all(seat.worker and seat.worker.hello for seat in env._scheduler.seats)
