@@ -8,6 +8,7 @@ same command goes on from the store.
 """
 
 import contextlib
+import fcntl
 import math
 import os
 import re
@@ -19,6 +20,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 
 from qwen_bridge.errors import InputError, check_within
 from qwen_bridge.messages import Settings
@@ -29,6 +31,7 @@ MAX_RAY_WORKERS = 1024
 _LOOK_S = 2.0
 _LOCAL_STORE_BYTES = 128 << 20
 _LOOPBACK = "127.0.0.1"
+_FOLDER = "qwen_bridge-"
 
 # Of the driver's environment, what its workers are to have on other machines too.
 _CARRIED = re.compile(r"QWEN_BRIDGE_FACTORIES|LEVER_\w+|HF_HUB_OFFLINE|HF_HOME")
@@ -82,7 +85,7 @@ class RayEngine:
         self._ringing = threading.Lock()
         self._ray = None
         self._connected = False
-        self._folder: str | None = None
+        self._folder: LockedFolder | None = None
 
     def open(self) -> None:
         """See `Engine`."""
@@ -115,11 +118,7 @@ class RayEngine:
 
     def _start_local(self) -> None:
         """A cluster of this machine, on its loopback interface."""
-        folder = tempfile.gettempdir()
-        # Ray puts Unix sockets in it, whose paths may have 107 characters.
-        self._folder = tempfile.mkdtemp(
-            prefix="qwen_bridge-", dir=folder if len(folder) < 20 else "/tmp"
-        )
+        self._folder = LockedFolder()
         cpus = max(os.cpu_count() or 1, (self._workers or 1) * self._cpus)
         with _loopback_only():
             self._ray.init(
@@ -130,7 +129,7 @@ class RayEngine:
                 logging_level="ERROR",
                 namespace="lever",
                 _node_ip_address=_LOOPBACK,
-                _temp_dir=self._folder,
+                _temp_dir=str(self._folder.path),
             )
         address = self._ray.util.get_node_ip_address()
         if address != _LOOPBACK:
@@ -224,12 +223,48 @@ class RayEngine:
                 self._ray.shutdown()
             self._connected = False
         if self._folder is not None:
-            shutil.rmtree(self._folder, ignore_errors=True)
+            self._folder.remove()
             self._folder = None
         with self._ringing:
             if self._bell is not None:
                 os.close(self._bell)
                 self._bell = None
+
+
+class LockedFolder:
+    """A temporary folder for Ray's logs and sockets, removed at the end or by the next one.
+
+    Attributes:
+      path: the folder.
+    """
+
+    def __init__(self, place: Path | None = None):
+        """Makes one in `place`, and removes those there whose driver was killed."""
+        if place is None:  # Ray puts Unix sockets in it, whose paths may have 107 characters.
+            place = Path(tempfile.gettempdir())
+            place = place if len(str(place)) <= 16 else Path("/tmp")
+        for folder in place.glob(f"{_FOLDER}*"):
+            with contextlib.suppress(OSError):  # It is in use, or not ours.
+                os.close(_lock(folder))
+                shutil.rmtree(folder, ignore_errors=True)
+        self.path = Path(tempfile.mkdtemp(prefix=_FOLDER, dir=place))
+        self._lock = _lock(self.path)
+
+    def remove(self) -> None:
+        """Removes it with all that is in it."""
+        shutil.rmtree(self.path, ignore_errors=True)
+        os.close(self._lock)
+
+
+def _lock(folder: Path) -> int:
+    """Locks a folder as long as the descriptor is open; OSError where another process has."""
+    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(fd)
+        raise
+    return fd
 
 
 def room(resources: dict[str, float], *, cpus: int, gpus: float) -> int:

@@ -17,7 +17,7 @@ from worker_settings import SETTINGS
 
 from qwen_bridge.client import Environment
 from qwen_bridge.errors import InputError
-from qwen_bridge.ray_cluster import RayEngine, room
+from qwen_bridge.ray_cluster import LockedFolder, RayEngine, room
 from qwen_bridge.scheduler import WorkerError
 from qwen_bridge.vqa.sources import open_dataset
 
@@ -54,7 +54,7 @@ def cluster(allow_trivial):
     handlers = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
     engine.open()
     assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)) == handlers
-    folder, started = engine._folder, descendants(os.getpid()) - before
+    folder, started = engine._folder.path, descendants(os.getpid()) - before
     yield engine
     engine.close()
     wait_until(lambda: not any(map(alive, started)), 10)
@@ -209,6 +209,20 @@ def test_bad_options(options, message):
         RayEngine(**options)
 
 
+def test_folders_of_killed_drivers_are_removed_and_no_others(tmp_path):
+    left, other = tmp_path / "qwen_bridge-left", tmp_path / "other"
+    left.mkdir()
+    other.mkdir()
+    (left / "log").write_text("")
+    used = LockedFolder(tmp_path)
+    assert not left.exists()
+    another = LockedFolder(tmp_path)
+    assert sorted(tmp_path.iterdir()) == sorted([other, used.path, another.path])
+    used.remove()
+    another.remove()
+    assert list(tmp_path.iterdir()) == [other]
+
+
 def test_no_cluster_and_no_ray_say_what_to_do(monkeypatch):
     with socket.socket() as unused:
         unused.bind(("127.0.0.1", 0))
@@ -231,7 +245,7 @@ def join(cluster):
 
     def add(cpus):
         script = Path(__file__).with_name("ray_node.py")
-        command = [sys.executable, str(script), address, cluster._folder, str(cpus)]
+        command = [sys.executable, str(script), address, str(cluster._folder.path), str(cpus)]
         started.append(subprocess.Popen(command, stdout=subprocess.PIPE))
         return started[-1]
 
