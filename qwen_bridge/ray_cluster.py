@@ -15,6 +15,7 @@ import re
 import select
 import shutil
 import signal
+import socket
 import tempfile
 import threading
 import time
@@ -29,6 +30,7 @@ from qwen_bridge.worker_process import THREAD_VARIABLES, bridge_variables
 
 MAX_RAY_WORKERS = 1024
 _LOOK_S = 2.0
+_CONNECT_S = 10.0
 _LOCAL_STORE_BYTES = 128 << 20
 _LOOPBACK = "127.0.0.1"
 _FOLDER = "qwen_bridge-"
@@ -107,8 +109,11 @@ class RayEngine:
 
     def _connect(self) -> None:
         try:
+            if self._address != "auto":  # Ray itself would try for minutes.
+                host, _, port = self._address.rpartition(":")
+                socket.create_connection((host.strip("[]"), int(port)), _CONNECT_S).close()
             self._ray.init(address=self._address, logging_level="WARNING", namespace="lever")
-        except (ConnectionError, RuntimeError, ValueError) as error:
+        except (OSError, OverflowError, RuntimeError, ValueError) as error:
             why = " ".join(str(error).split())[:300]
             raise InputError(
                 f"--ray_address={self._address}: {why}; start a cluster with `ray start --head` "

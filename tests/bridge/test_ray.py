@@ -228,7 +228,7 @@ def test_no_cluster_and_no_ray_say_what_to_do(monkeypatch):
         unused.bind(("127.0.0.1", 0))
         engine = RayEngine(address=f"127.0.0.1:{unused.getsockname()[1]}")
     monkeypatch.setattr(ray, "is_initialized", lambda: False)
-    with pytest.raises(InputError, match="start a cluster with `ray start --head`"):
+    with pytest.raises(InputError, match="refused; start a cluster with `ray start --head`"):
         engine.open()
     monkeypatch.setattr(engine, "_connected", False)
     engine.close()
