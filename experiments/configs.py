@@ -1,7 +1,9 @@
 """The configs that the flags of `settings.py` make, each checked as it is made."""
 
 import math
+import os
 import pathlib
+import re
 
 from experiments import settings
 from lever_jax import decoding
@@ -13,7 +15,9 @@ from lever_jax.pooled import PoolConfig
 from lever_jax.selector import SelectorConfig
 from lever_jax.training import LossConfig
 from qwen_bridge.adapters import check_adapter
+from qwen_bridge.engine import Engine, LocalEngine
 from qwen_bridge.grids import check_pixels
+from qwen_bridge.ray_cluster import RayEngine
 
 
 def check() -> None:
@@ -21,6 +25,7 @@ def check() -> None:
     for make in (
         evaluation_config,
         worker_settings,
+        engine,
         embeddings_dir,
         pool_config,
         selector_config,
@@ -186,6 +191,48 @@ def worker_settings() -> dict:
         "vision_cache_mib": settings.VISION_CACHE_MIB.value,
         "batch_tokens": settings.BATCH_TOKENS.value,
     }
+
+
+def absolute_worker_settings() -> dict:
+    """The same with absolute paths of what exists here, so that any process finds it."""
+    worker = worker_settings()
+    for part in (worker, worker["dataset"]):
+        for name, value in part.items():
+            if isinstance(value, str) and value and os.path.exists(value):
+                part[name] = os.path.abspath(value)
+    return worker
+
+
+def engine() -> Engine:
+    """Where workers live."""
+    workers, threads = settings.WORKERS.value, settings.THREADS.value
+    gpus, device = settings.GPUS_PER_WORKER.value, settings.DEVICE.value
+    if settings.ENGINE.value == "local":
+        if settings.GPUS_PER_WORKER.present or settings.RAY_ADDRESS.present:
+            raise InputError("--ray_address and --gpus_per_worker need --engine=ray")
+        return LocalEngine(fixed_workers(), threads)
+    if re.fullmatch(r"cuda:\d+", device):
+        raise InputError(f"--device={device}: Ray deals the GPUs; use --device=cuda or auto")
+    if device == "cpu":
+        if gpus:
+            raise InputError(f"--gpus_per_worker={gpus:g} is for nothing with --device=cpu")
+        gpus = 0.0
+    elif device == "cuda" and gpus == 0:
+        raise InputError("--gpus_per_worker=0 leaves --device=cuda no GPU; give 1 or a share")
+    return RayEngine(
+        address=settings.RAY_ADDRESS.value,
+        workers=None if workers == "auto" else workers,
+        threads=threads,
+        gpus_per_worker=gpus,
+        deadline_s=settings.DEADLINE_S.value,
+    )
+
+
+def fixed_workers() -> int:
+    """The number of workers, where it has to be known beforehand."""
+    if settings.WORKERS.value == "auto":
+        raise InputError("--workers=auto needs --engine=ray, and no --plan; give a number")
+    return settings.WORKERS.value
 
 
 def embeddings_dir() -> pathlib.Path:

@@ -112,7 +112,7 @@ def make_plan(phases: str = "train", *, look: bool = True) -> dict[str, Any]:
         },
         "assumptions": {
             "device": settings.PLAN_DEVICE.value,
-            "workers": settings.WORKERS.value,
+            "workers": configs.fixed_workers(),
             "peak_flops": device.flops,
             "utilisation": settings.PLAN_UTILISATION.value,
             "bandwidth_share": BANDWIDTH_SHARE,
@@ -186,9 +186,9 @@ class _Pricer:
         return self._row(phase.name, phase.asked, phase.scored, generated, tokens, flops, seconds)
 
     def _row(self, name, asked, scored, generated, tokens, flops, decode_seconds) -> dict[str, Any]:
-        speed = self._device.flops * settings.PLAN_UTILISATION.value * settings.WORKERS.value
+        speed = self._device.flops * settings.PLAN_UTILISATION.value * configs.fixed_workers()
         hours = [f / speed / 3600 for f in flops]
-        hours[1] += decode_seconds / settings.WORKERS.value / 3600
+        hours[1] += decode_seconds / configs.fixed_workers() / 3600
         return {
             "name": name,
             "asked": list(asked),

@@ -1,7 +1,6 @@
 """The workdir of a run, and the flags it keeps: written by a run, adopted by those after it."""
 
 import dataclasses
-import os
 import pathlib
 
 from experiments import configs, settings
@@ -17,7 +16,8 @@ _EVALUATION = (
 
 # Flags that say where or how to run, not what: a run may be continued with others.
 _NOT_ADOPTED = frozenset(
-    "workdir flagfile undefok device workers threads retry_failed factory".split()
+    "workdir flagfile undefok device workers threads engine ray_address gpus_per_worker factory "
+    "retry_failed".split()
 )
 
 
@@ -61,13 +61,8 @@ def run_settings() -> dict:
 
     Files and folders have their absolute paths, so that any program finds them.
     """
-    worker = configs.worker_settings()
-    for part in (worker, worker["dataset"]):
-        for name, value in part.items():
-            if isinstance(value, str) and value and os.path.exists(value):
-                part[name] = os.path.abspath(value)
     return {
-        "worker": worker,
+        "worker": configs.absolute_worker_settings(),
         "pools": dataclasses.asdict(configs.pool_config()),
         "embeddings_dir": str(configs.embeddings_dir().absolute()),
     }

@@ -11,6 +11,7 @@ import jax
 import numpy as np
 
 from experiments import configs, settings
+from experiments.batched import BatchedEnvironment
 from experiments.progress import bar, note
 from lever_jax.errors import InputError
 from lever_jax.parallel import make_mesh
@@ -83,21 +84,6 @@ class Session:
         return self.environment.hello["parts"]
 
 
-class BatchedEnvironment:
-    """The environment with the run's request size, as `ScoringService` calls it."""
-
-    def __init__(self, environment: Environment, batch: int):
-        self._environment, self._batch = environment, batch
-
-    def score(self, queries, pointers, on_batch=None):
-        """See `Environment.score`."""
-        return self._environment.score(queries, pointers, on_batch, batch_size=self._batch)
-
-    def answer(self, queries, pointers, on_batch=None):
-        """See `Environment.answer`."""
-        return self._environment.answer(queries, pointers, on_batch, batch_size=self._batch)
-
-
 @contextlib.contextmanager
 def open_session(workdir: pathlib.Path) -> Iterator[Session]:
     """Opens the run in `workdir` with the flags as they stand; closes it whatever happens.
@@ -120,9 +106,11 @@ def open_session(workdir: pathlib.Path) -> Iterator[Session]:
         environment = stack.enter_context(
             Environment(
                 # Resolved here, once: workers must not download the same files at the same time.
-                {**configs.worker_settings(), "model": resolve_model(settings.MODEL.value)},
-                workers=settings.WORKERS.value,
-                threads=settings.THREADS.value,
+                {
+                    **configs.absolute_worker_settings(),
+                    "model": resolve_model(settings.MODEL.value),
+                },
+                engine=configs.engine(),
                 deadline_s=settings.DEADLINE_S.value,
                 factory=settings.FACTORY.value,
             )

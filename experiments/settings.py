@@ -22,8 +22,8 @@ PHASES = ("warmup", "rce", "grpo")
 _DATASETS = ("digits", "official", "jsonl")
 
 
-class _MibParser(flags.ArgumentParser):
-    """`auto`, or a number of MiB."""
+class _AutoParser(flags.ArgumentParser):
+    """`auto`, or a whole number."""
 
     def __init__(self, lower_bound: int):
         self._number = flags.IntegerParser(lower_bound=lower_bound)
@@ -43,9 +43,9 @@ class _MibParser(flags.ArgumentParser):
         return "auto or integer"
 
 
-def _define_mib(name: str, help: str, lower_bound: int):
-    parser, serializer = _MibParser(lower_bound), flags.ArgumentSerializer()
-    return flags.DEFINE(parser, name, "auto", help, serializer=serializer)
+def _define_auto(name: str, help: str, lower_bound: int, default: str | int = "auto"):
+    parser, serializer = _AutoParser(lower_bound), flags.ArgumentSerializer()
+    return flags.DEFINE(parser, name, default, help, serializer=serializer)
 
 
 WORKDIR = flags.DEFINE_string("workdir", "runs/digits", "Folder of everything a run writes.")
@@ -123,9 +123,37 @@ GT_PROB = flags.DEFINE_enum(
 MAX_NEW_TOKENS = flags.DEFINE_integer(
     "max_new_tokens", 10, "Longest generated answer, tokens.", lower_bound=1
 )
-WORKERS = flags.DEFINE_integer("workers", 1, "VLM processes; one a GPU.", lower_bound=1)
+ENGINE = flags.DEFINE_enum(
+    "engine",
+    "local",
+    ("local", "ray"),
+    "Where workers live: processes of this machine, or actors of a Ray cluster.",
+)
+WORKERS = _define_auto(
+    "workers",
+    "VLM workers, one a GPU; auto, with --engine=ray: as many as the cluster has room for, and "
+    "more when machines join.",
+    1,
+    default=1,
+)
 THREADS = flags.DEFINE_integer(
-    "threads", 0, "CPU threads of each; 0 shares the cores.", lower_bound=0
+    "threads",
+    0,
+    "CPU threads of each worker; 0 shares the cores, with --engine=ray it means 1.",
+    lower_bound=0,
+)
+RAY_ADDRESS = flags.DEFINE_string(
+    "ray_address",
+    "auto",
+    "With --engine=ray: auto, the cluster of this machine; HOST:PORT of its head; or local, a new "
+    "one of this machine, on its loopback interface.",
+)
+GPUS_PER_WORKER = flags.DEFINE_float(
+    "gpus_per_worker",
+    None,
+    "With --engine=ray: GPUs of a worker, 0, 1 or a share such as 0.5; default 1 where the cluster "
+    "has GPUs and --device is not cpu.",
+    lower_bound=0.0,
 )
 SCORE_BATCH = flags.DEFINE_integer(
     "score_batch", 256, "Prompts in one request to a worker.", lower_bound=1
@@ -133,10 +161,10 @@ SCORE_BATCH = flags.DEFINE_integer(
 BATCH_TOKENS = flags.DEFINE_integer(
     "batch_tokens", 8192, "Tokens of a forward pass of the VLM.", lower_bound=1
 )
-CACHE_MIB = _define_mib(
+CACHE_MIB = _define_auto(
     "cache_mib", "Memory of cached prompt prefixes, MiB; auto: by what the device has free.", 1
 )
-VISION_CACHE_MIB = _define_mib(
+VISION_CACHE_MIB = _define_auto(
     "vision_cache_mib", "Memory of cached image features, MiB; auto: likewise.", 0
 )
 DEADLINE_S = flags.DEFINE_float(

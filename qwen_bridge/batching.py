@@ -11,6 +11,8 @@ import numpy as np
 
 from qwen_bridge.protocol import JUDGED, AnswerBatch, ScoreBatch, empty_answer, empty_score
 
+_MASK = 0xFFFFFFFFFFFFFFFF
+
 
 class Batch(NamedTuple):
     """Rows of a call that travel together, and the affinity key that chooses their worker."""
@@ -40,8 +42,18 @@ def plan_batches(queries: np.ndarray, affinity: np.ndarray, batch_size: int) -> 
 
 
 def home_worker(key: int, workers: int) -> int:
-    """The worker that prompts of this key prefer: the same one in every call."""
-    return ((key * 0x9E3779B97F4A7C15 & 0xFFFFFFFFFFFFFFFF) >> 32) % workers
+    """The worker that prompts of this key prefer: the same one in every call.
+
+    When a worker joins, one key in `workers` moves, to the new one, and the others find their
+    prefixes where they were. Source: Lamping & Veach, A fast, minimal memory, consistent hash
+    algorithm, 2014.
+    """
+    state, home, next_home = key & _MASK, 0, 0
+    while next_home < workers:
+        home = next_home
+        state = state * 2862933555777941757 + 1 & _MASK
+        next_home = int((home + 1) * (2**31 / ((state >> 33) + 1)))
+    return home
 
 
 def assemble_embeddings(rows: int, dim: int, pieces: Iterable[tuple]) -> np.ndarray:

@@ -23,7 +23,8 @@ from qwen_bridge.batching import (
     assemble_score,
     plan_batches,
 )
-from qwen_bridge.errors import InputError
+from qwen_bridge.engine import Engine, LocalEngine
+from qwen_bridge.errors import InputError, check_within
 from qwen_bridge.interrupts import Interrupts
 from qwen_bridge.messages import MAX_SLOT_BYTES, MAX_SLOTS, MIN_SLOT_BYTES, Settings, decode, encode
 from qwen_bridge.protocol import (
@@ -37,8 +38,6 @@ from qwen_bridge.protocol import (
     rows_that_fit,
 )
 from qwen_bridge.scheduler import Call, Scheduler, Seat, close_seats
-
-MAX_WORKERS = 64
 
 
 class Environment:
@@ -62,6 +61,7 @@ class Environment:
         slots: int = 4,
         deadline_s: float = 600.0,
         factory: str = "qwen_bridge.workers:build",
+        engine: Engine | None = None,
         startup_s: float = 1800.0,
         max_restarts: int = 16,
         backoff_s: float = 0.1,
@@ -76,6 +76,8 @@ class Environment:
           slots: batches in flight to one worker, in [1, 64].
           deadline_s: longest time for one batch, after which the worker counts as hung.
           factory: "module:function" that builds the scorer, in the worker.
+          engine: where workers live, instead of `workers` processes of `threads` on this machine;
+            opened here, and closed with the environment.
           startup_s: longest time to build the scorer.
           max_restarts: workers that may end in a row in one place, without one result between
             them, before the place is closed; with the last place the call fails. Ends that one
@@ -87,13 +89,12 @@ class Environment:
           InputError: an argument or the settings are wrong, with the line the factory wrote.
           WorkerError: a worker could not be started.
         """
-        _within("workers", workers, 1, MAX_WORKERS)
-        _within("threads", threads, 0, 4096)
-        _within("slots", slots, 1, MAX_SLOTS)
-        _within("slot_bytes", slot_bytes, MIN_SLOT_BYTES, MAX_SLOT_BYTES)
+        check_within("slots", slots, 1, MAX_SLOTS)
+        check_within("slot_bytes", slot_bytes, MIN_SLOT_BYTES, MAX_SLOT_BYTES)
         for name, seconds in (("deadline_s", deadline_s), ("startup_s", startup_s)):
             if not seconds > 0:
                 raise InputError(f"{name}={seconds} must be above 0")
+        engine = engine or LocalEngine(workers, threads)
         message = Settings(factory, settings, slots, slot_bytes)
         try:
             decode(encode(message))
@@ -104,15 +105,15 @@ class Environment:
         self._interrupts = Interrupts()
         self._scheduler = Scheduler(
             message,
-            workers=workers,
-            threads=threads,
+            engine,
             deadline_s=deadline_s,
             startup_s=startup_s,
             max_restarts=max_restarts,
             backoff_s=backoff_s,
             interrupts=self._interrupts,
         )
-        self._finalizer = weakref.finalize(self, _close_in, os.getpid(), self._scheduler.seats)
+        seats = self._scheduler.seats
+        self._finalizer = weakref.finalize(self, _close_in, os.getpid(), seats, engine)
         try:
             with self._interrupts.held():
                 self._scheduler.start()
@@ -260,12 +261,7 @@ class Environment:
         return pieces
 
 
-def _close_in(pid: int, seats: list[Seat]) -> None:
+def _close_in(pid: int, seats: list[Seat], engine: Engine) -> None:
     """Closes at exit, but not in a process that was forked off the driver."""
     if os.getpid() == pid:
-        close_seats(seats)
-
-
-def _within(name: str, value: int, low: int, high: int) -> None:
-    if not low <= value <= high:
-        raise InputError(f"{name}={value} is out of range; it must be in [{low}, {high}]")
+        close_seats(seats, engine)

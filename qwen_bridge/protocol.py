@@ -180,6 +180,13 @@ def offsets(specs: Sequence[ArraySpec], capacity: int) -> list[int]:
     return starts
 
 
+def extent(specs: Sequence[ArraySpec], capacity: int) -> int:
+    """How many bytes of a slot these arrays take, gaps included."""
+    last = specs[-1]
+    nbytes = int(np.prod(last.shape)) * np.dtype(last.dtype).itemsize
+    return offsets(specs, capacity)[-1] + nbytes
+
+
 def rows_that_fit(verb: str, shots: int, columns: int, capacity: int) -> int:
     """How many prompts a slot holds, request and result being in it one after the other."""
     rows = MAX_ROWS

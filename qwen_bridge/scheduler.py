@@ -28,7 +28,6 @@ that this is not so; those of a call that fails are open as if they had never be
 import itertools
 import logging
 import math
-import time
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -36,7 +35,8 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from qwen_bridge.batching import Batch, home_worker
-from qwen_bridge.channel import DeadlineExceeded, PeerGone, wait_readable
+from qwen_bridge.channel import DeadlineExceeded, PeerGone
+from qwen_bridge.engine import Engine, Worker
 from qwen_bridge.errors import InputError
 from qwen_bridge.interrupts import Interrupts
 from qwen_bridge.messages import (
@@ -60,7 +60,6 @@ from qwen_bridge.protocol import (
     result_arrays,
     write_arrays,
 )
-from qwen_bridge.worker_process import WorkerProcess, worker_environment
 
 # Workers that a batch may end before it is convicted, and times that a prompt is tried for which
 # the scorer raises an exception; memory may just have been full.
@@ -129,14 +128,14 @@ class Seat:
     """
 
     index: int
-    worker: WorkerProcess | None = None
+    worker: Worker | None = None
     restart_at: float = 0.0
     deaths: int = 0
     closed: bool = False
 
 
 class Scheduler:
-    """A fixed number of seats, and the call that they work on.
+    """Seats for as many workers as the engine has places, and the call that they work on.
 
     Its methods are for the inside of `interrupts.held()`: they let Ctrl-C through only while
     they wait.
@@ -149,9 +148,8 @@ class Scheduler:
     def __init__(
         self,
         settings: Settings,
+        engine: Engine,
         *,
-        workers: int,
-        threads: int,
         deadline_s: float,
         startup_s: float,
         max_restarts: int,
@@ -159,7 +157,7 @@ class Scheduler:
         interrupts: Interrupts,
     ):
         self.hello: dict | None = None
-        self.seats = [Seat(index) for index in range(workers)]
+        self.seats: list[Seat] = []
         self.stats = {
             "requests": 0,
             "prompts_scored": 0,
@@ -168,10 +166,10 @@ class Scheduler:
             "prompts_given_up": 0,
             "restarts": 0,
             "workers_closed": 0,
-            "busy_s": [0.0] * workers,
+            "busy_s": [],
         }
         self._settings = settings
-        self._threads = threads
+        self._engine = engine
         self._deadline_s = deadline_s
         self._startup_s = startup_s
         self._max_restarts = max_restarts
@@ -187,12 +185,20 @@ class Scheduler:
         self._finishing = False
         self._stopped: KeyboardInterrupt | None = None
         self._in_hand: list[Job] = []
+        self._placed_at = engine.now()
 
     def start(self) -> None:
-        """Starts all workers and waits until all are ready; the first failure is final."""
+        """Starts all workers and waits until they are ready; the first failure is final.
+
+        Where workers come and go, the first one that is ready is enough.
+        """
+        with self._interrupts.allowed():
+            self._engine.open()
+        self._add_seats()
         for seat in self.seats:
-            self._start_worker(seat)
-        while any(seat.worker is None or seat.worker.hello is None for seat in self.seats):
+            seat.worker = self._engine.start(seat.index, self._settings)
+        enough = any if self._engine.elastic else all
+        while not enough(seat.worker and seat.worker.hello for seat in self.seats):
             self._restart_due()
             self._collect(self._patience())
 
@@ -205,6 +211,8 @@ class Scheduler:
         replies are read and forgotten. Where it is `finishing`, the first Ctrl-C lets the batches
         that workers are at land before it is raised, and the second is raised at once.
         """
+        self._add_seats()
+        self._placed_at = self._engine.now()
         call.queues = [deque() for _ in self.seats]
         call.unsettled = sum(len(batch.rows) for batch in batches)
         for batch in batches:
@@ -234,16 +242,22 @@ class Scheduler:
 
     # Towards the workers ---------------------------------------------------------------------
 
-    def _start_worker(self, seat: Seat) -> None:
-        variables = worker_environment(seat.index, len(self.seats), self._threads)
-        seat.worker = WorkerProcess(self._settings, variables)
+    def _add_seats(self) -> None:
+        """One for each place that the engine has by now; their first workers are due at once."""
+        while len(self.seats) < self._engine.places():
+            self.seats.append(Seat(len(self.seats)))
+            self.stats["busy_s"].append(0.0)
+            if self._call is not None:
+                self._call.queues.append(deque())
 
     def _restart_due(self) -> None:
+        self._add_seats()
+        now = self._engine.now()
         for seat in self.seats:
-            if seat.closed or seat.worker or time.monotonic() < seat.restart_at:
+            if seat.closed or seat.worker or now < seat.restart_at:
                 continue
             try:
-                self._start_worker(seat)
+                seat.worker = self._engine.start(seat.index, self._settings)
             except OSError as error:  # No process, memory or descriptor to be had just now.
                 why = f"could not be started: {error}"
                 _log.warning("worker %d %s", seat.index, why)
@@ -279,7 +293,7 @@ class Scheduler:
         arrays = {name: array[job.rows] for name, array in call.arrays.items()}
         write_arrays(worker.arena.view(slot), specs, arrays)
         if not worker.in_flight:
-            worker.since = time.monotonic()
+            worker.since = self._engine.now()
         worker.in_flight.append((job, slot))
         worker.slots.send(slot)
         request = Request(call.verb, job.number, slot, len(job.rows), call.shots, call.kind)
@@ -293,19 +307,21 @@ class Scheduler:
 
     def _patience(self) -> float:
         """Seconds until something must have happened."""
-        now = time.monotonic()
-        due = []
+        now = self._engine.now()
+        due = [self._engine.look_at()]
         for seat in self.seats:
             if seat.worker is None:
                 if not (seat.closed or self._stopped):
                     due.append(seat.restart_at)
+            elif not seat.worker.placed:
+                due.append(self._placed_at + self._startup_s)
             elif seat.worker.hello is None or seat.worker.in_flight:
                 due.append(seat.worker.since + self._allowed_s(seat.worker))
-        if not due:
+        if min(due) == math.inf:
             raise RuntimeError("the bridge waits, but no worker has anything to do: a bug")
         return max(0.0, min(due) - now)
 
-    def _allowed_s(self, worker: WorkerProcess) -> float:
+    def _allowed_s(self, worker: Worker) -> float:
         return self._startup_s if worker.hello is None else self._deadline_s
 
     def _collect(self, timeout_s: float) -> None:
@@ -316,27 +332,40 @@ class Scheduler:
         sitting = [seat for seat in self.seats if seat.worker]
         try:
             with self._interrupts.allowed():
-                readable = wait_readable([seat.worker.channel for seat in sitting], timeout_s)
+                ready = self._engine.wait([seat.worker for seat in sitting], timeout_s)
         except KeyboardInterrupt as interrupt:
             if self._stopped or not self._finishing:
                 raise
             self._stop(interrupt)
             return
+        talking = set(map(id, ready))
         for seat in sitting:
-            if seat.worker.channel.fileno() in readable:
+            if id(seat.worker) in talking:
                 self._read(seat)
+        now = self._engine.now()
+        self._check_placed(now)
         for seat in sitting:
             worker = seat.worker
-            if worker is None or (worker.hello and not worker.in_flight):
+            if worker is None or not worker.placed or (worker.hello and not worker.in_flight):
                 continue
             allowed = self._allowed_s(worker)
-            if time.monotonic() > worker.since + allowed:
+            if now > worker.since + allowed:
                 worker.dump_stack()
                 doing = "answer" if worker.hello else "start"
                 self._replace(seat, f"did not {doing} within {allowed:g} s", grace_s=0.0)
         if self._error is not None:
             error, self._error = self._error, None
             raise error
+
+    def _check_placed(self, now: float) -> None:
+        """A worker without a place may wait for ever, but not where no other one works."""
+        open_ = [seat for seat in self.seats if not seat.closed]
+        if any(seat.worker is None or seat.worker.placed for seat in open_):
+            self._placed_at = now
+        elif now > self._placed_at + self._startup_s:
+            raise WorkerError(
+                f"no worker found a place within {self._startup_s:g} s; {self._engine.describe()}"
+            )
 
     def _stop(self, interrupt: KeyboardInterrupt) -> None:
         """Ctrl-C: no further batch goes out, and those that workers are at may land."""
@@ -383,18 +412,28 @@ class Scheduler:
             self.hello = hello
         for name in sorted(self.hello.keys() | hello.keys()):
             ours, theirs = self.hello.get(name), hello.get(name)
-            if ours != theirs:
-                seat.worker.put_away(0.0)
-                seat.worker = None
-                raise WorkerError(
-                    f"workers disagree: {name} was {ours!r} and is now {theirs!r}; "
-                    "do not change model, data or code under a running job"
-                )
+            if ours == theirs:
+                continue
+            why = (
+                f"workers disagree: {name} was {ours!r} and is now {theirs!r}{seat.worker.where}; "
+                "do not change model, data or code under a running job"
+            )
+            if self._tolerant:
+                self._replace(seat, f"is refused ({why})", grace_s=0.0)
+                return
+            seat.worker.put_away(0.0)
+            seat.worker = None
+            raise WorkerError(why)
         seat.worker.hello = hello
 
+    @property
+    def _tolerant(self) -> bool:
+        """Whether a worker that cannot be used is refused without ending a job that others do."""
+        return self._engine.elastic and self.stats["requests"] > 0
+
     def _could_not_start(self, seat: Seat, failure: Failure) -> None:
-        if failure.type == "InputError":
-            raise InputError(failure.message)
+        if failure.type == "InputError" and not self._tolerant:
+            raise InputError(failure.message + seat.worker.where)
         why = f"could not start: {failure.type}: {failure.message}"
         self._replace(seat, why, detail=failure.detail)
 
@@ -453,12 +492,12 @@ class Scheduler:
         """Ends the call with `error`, the first one counts, once all replies are taken in."""
         self._error = self._error or error
 
-    def _close_head(self, worker: WorkerProcess) -> Job:
+    def _close_head(self, worker: Worker) -> Job:
         """The worker is done with its first request; the clock of the next one starts."""
         job, slot = worker.in_flight.popleft()
         worker.slots.land(slot)
         worker.slots.free(slot)
-        worker.since = time.monotonic()
+        worker.since = self._engine.now()
         return job
 
     # What becomes of a batch -----------------------------------------------------------------
@@ -569,7 +608,7 @@ class Scheduler:
         """When the next worker may sit here, if any: an end that a batch explains is no sign."""
         seat.deaths = 0 if explained else seat.deaths + 1
         backoff = self._backoff_s * 2 ** min(max(seat.deaths - 1, 0), 16)
-        seat.restart_at = time.monotonic() + min(backoff, _LONGEST_BACKOFF_S)
+        seat.restart_at = self._engine.now() + min(backoff, _LONGEST_BACKOFF_S)
         if seat.deaths <= self._max_restarts:
             self.stats["restarts"] += 1
             return
@@ -583,17 +622,18 @@ class Scheduler:
     # Goodbye ---------------------------------------------------------------------------------
 
     def close(self) -> None:
-        """Ends all workers; idempotent."""
-        close_seats(self.seats)
+        """Ends all workers and lets go of the engine; idempotent."""
+        close_seats(self.seats, self._engine)
 
 
-def close_seats(seats: list[Seat]) -> None:
-    """Ends the workers in these seats, all at once, and waits until they are gone."""
+def close_seats(seats: list[Seat], engine: Engine) -> None:
+    """Ends the workers in these seats, all at once, waits until they are gone; then the engine."""
     workers = [seat.worker for seat in seats if seat.worker]
     for worker in workers:
         worker.ask_to_leave()
-    deadline = time.monotonic() + _EXIT_GRACE_S
+    deadline = engine.now() + _EXIT_GRACE_S
     for worker in workers:
-        worker.put_away(max(0.0, deadline - time.monotonic()))
+        worker.put_away(max(0.0, deadline - engine.now()))
     for seat in seats:
         seat.worker = None
+    engine.close()

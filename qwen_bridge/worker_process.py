@@ -22,7 +22,7 @@ from qwen_bridge.messages import Message, Settings, Shutdown, decode, encode
 _SEND_S = 10.0
 _EXIT_TICK_S = 0.002
 
-_THREAD_VARIABLES = (
+THREAD_VARIABLES = (
     "OMP_NUM_THREADS",
     "MKL_NUM_THREADS",
     "OPENBLAS_NUM_THREADS",
@@ -39,28 +39,32 @@ def worker_environment(index: int, workers: int, threads: int) -> dict[str, str]
       threads: CPU threads each; 0 shares the cores evenly, unless the user's environment
         already says how many.
     """
-    variables = dict(os.environ)
+    variables = {**os.environ, **bridge_variables(index, workers)}
+    if threads:
+        variables.update(dict.fromkeys(THREAD_VARIABLES, str(threads)))
+    else:
+        for name in THREAD_VARIABLES:
+            variables.setdefault(name, str(max(1, _usable_cores() // workers)))
+    return variables
+
+
+def bridge_variables(index: int, workers: int) -> dict[str, str]:
+    """Those of `worker_environment` that do not depend on the machine."""
+    variables = {"QWEN_BRIDGE_WORKER": str(index), "QWEN_BRIDGE_WORKERS": str(workers)}
     root = Path(__file__).resolve().parent.parent
     if root.name != "site-packages":  # A source tree, which we may run from any folder.
-        paths = [str(root), *filter(None, variables.get("PYTHONPATH", "").split(os.pathsep))]
+        paths = [str(root), *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]
         variables["PYTHONPATH"] = os.pathsep.join(dict.fromkeys(paths))
     variables["PYTHONUNBUFFERED"] = "1"
     variables["TOKENIZERS_PARALLELISM"] = "false"
     # Threads that spin while they wait take the cores from whoever else works on the machine; a
     # worker on two busy cores was ten times slower with them.
-    variables.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    variables["QWEN_BRIDGE_WORKER"] = str(index)
-    variables["QWEN_BRIDGE_WORKERS"] = str(workers)
-    if threads:
-        variables.update(dict.fromkeys(_THREAD_VARIABLES, str(threads)))
-    else:
-        for name in _THREAD_VARIABLES:
-            variables.setdefault(name, str(max(1, _usable_cores() // workers)))
+    variables["OMP_WAIT_POLICY"] = os.environ.get("OMP_WAIT_POLICY", "PASSIVE")
     return variables
 
 
 class WorkerProcess:
-    """A running worker.
+    """A running worker; see `engine.Worker`.
 
     Attributes:
       pid: of the process, which also leads a process group of its own.
@@ -70,6 +74,9 @@ class WorkerProcess:
       hello: what its scorer is; None until it is built.
       since: when it began what it is doing now (monotonic seconds).
     """
+
+    placed = True  # It runs as soon as it is started.
+    where = ""
 
     def __init__(self, settings: Settings, variables: dict[str, str]):
         """Starts the process and sends `settings`; the hello comes later."""

@@ -52,6 +52,12 @@ def test_any_plan(seed):
 def test_home_is_stable_and_spread():
     homes = np.array([home_worker(key, 4) for key in range(1000)])
     assert (np.bincount(homes, minlength=4) > 200).all()
+    for workers in range(1, 30):  # A worker that joins takes its share, and nothing else moves.
+        before = np.array([home_worker(key, workers) for key in range(300)])
+        after = np.array([home_worker(key, workers + 1) for key in range(300)])
+        moved = before != after
+        assert (after[moved] == workers).all()
+        assert 0 < moved.mean() < 2.0 / (workers + 1)
     assert [home_worker(key, 1) for key in (-5, 0, 2**63 - 1)] == [0, 0, 0]
 
 

@@ -11,6 +11,7 @@ from faults.injection import hashed
 
 from qwen_bridge import scheduler
 from qwen_bridge.scheduler import ScorerError, WorkerError
+from qwen_bridge.worker_process import WorkerProcess
 
 RNG = np.random.default_rng(1)
 QUERIES = np.repeat(np.arange(100, 120), 8)
@@ -122,7 +123,7 @@ def test_a_lost_gpu_is_the_end_of_the_worker_and_not_of_the_prompt(environment, 
 def test_a_process_that_cannot_be_had_now_is_asked_for_again(environment, tmp_path, monkeypatch):
     faults = [{"fault": "crash_before", "query": 103, "once": str(tmp_path / "struck")}]
     env = environment({"faults": faults})
-    start, refused = scheduler.WorkerProcess._start, []
+    start, refused = WorkerProcess._start, []
 
     def refuse_twice(*args):
         if len(refused) < 2:
@@ -130,7 +131,7 @@ def test_a_process_that_cannot_be_had_now_is_asked_for_again(environment, tmp_pa
             raise BlockingIOError(11, "Resource temporarily unavailable")
         return start(*args)
 
-    monkeypatch.setattr(scheduler.WorkerProcess, "_start", refuse_twice)
+    monkeypatch.setattr(WorkerProcess, "_start", refuse_twice)
     check(env.score(QUERIES, POINTERS, batch_size=32))
     assert len(refused) == 2
     assert env.stats["restarts"] == 3
