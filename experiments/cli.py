@@ -8,7 +8,7 @@ from absl import app, flags
 
 from lever_jax.errors import InputError as PolicyInputError
 from qwen_bridge.errors import InputError as BridgeInputError
-from qwen_bridge.scheduler import WorkerError
+from qwen_bridge.scheduler import ScorerError, WorkerError
 
 FAILED, BAD_INPUT, INTERRUPTED = 1, 2, 130
 
@@ -30,7 +30,9 @@ def run(main, *, takes_arguments: bool = False) -> None:
         except (PolicyInputError, BridgeInputError) as error:
             _say(f"error: {error}")
             sys.exit(BAD_INPUT)
-        except WorkerError as error:
+        except (WorkerError, ScorerError) as error:
+            for note in getattr(error, "__notes__", []):  # Where in the worker it came from.
+                _say(note)
             _say(f"error: {error}; what was finished is kept, and the same command goes on")
             sys.exit(FAILED)
         except KeyboardInterrupt:

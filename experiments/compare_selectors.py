@@ -84,9 +84,12 @@ def main() -> None:
     run_folder.adopt_flags(workdir)
     configs.check()
     options = {DEFAULT: {}} | {text: parse_option(text) for text in _OPTIONS.value}
-    for given in options.values():
-        with flagsaver.as_parsed(**given):
-            configs.check()
+    for name, given in options.items():
+        try:
+            with flagsaver.as_parsed(**given):
+                configs.check()
+        except flags.Error as error:
+            raise InputError(f"--options: {name}: {' '.join(str(error).split())}") from None
     started, found = time.monotonic(), {}
     with open_session(workdir) as session:
         if "warmup" not in phases.finished_phases(session):
@@ -134,6 +137,8 @@ def parse_option(text: str) -> dict[str, str]:
                 f"--options: {item!r} is not of the form flag=value with a flag of the selector: "
                 f"{', '.join(_ALLOWED)}"
             )
+        if name in given:
+            raise InputError(f"--options: {text!r} gives {name} twice")
         given[name] = value
     return given
 

@@ -23,6 +23,7 @@ import traceback
 
 from qwen_bridge.arena import Arena
 from qwen_bridge.channel import Channel, DeadlineExceeded, PeerGone, StreamBroken
+from qwen_bridge.errors import InputError
 from qwen_bridge.messages import (
     NO_JOB,
     Hello,
@@ -64,19 +65,27 @@ def load_factory(name: str):
 
     Only functions defined in `qwen_bridge.*`, or in a module that the environment variable
     `QWEN_BRIDGE_FACTORIES` lists, are ever called: a settings frame cannot run arbitrary code.
+
+    Raises:
+      InputError: it names none of them.
     """
     match = _FACTORY.fullmatch(name)
     if match is None:
-        raise ProtocolError(f"factory {name!r:.80} is not of the form module:function")
+        raise InputError(f"--factory={name:.80} is not of the form module:function")
     module_name = match["module"]
     extra = os.environ.get(ALLOW_VARIABLE, "").split(",")
     if not module_name.startswith("qwen_bridge.") and module_name not in extra:
-        raise ProtocolError(
-            f"factory {name!r:.80} is neither in qwen_bridge nor in a module of {ALLOW_VARIABLE}"
+        raise InputError(
+            f"--factory={name:.80} is neither in qwen_bridge nor in a module that the environment "
+            f"variable {ALLOW_VARIABLE} names"
         )
-    function = getattr(importlib.import_module(module_name), match["function"], None)
+    try:
+        module = importlib.import_module(module_name)
+    except ImportError as error:
+        raise InputError(f"--factory={name:.80} cannot be imported: {error}") from None
+    function = getattr(module, match["function"], None)
     if getattr(function, "__module__", None) != module_name or not callable(function):
-        raise ProtocolError(f"factory {name!r:.80}: {module_name} defines no such function")
+        raise InputError(f"--factory={name:.80}: {module_name} defines no such function")
     return function
 
 

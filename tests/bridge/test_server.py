@@ -12,6 +12,7 @@ import trivial_scorer
 
 from qwen_bridge.arena import Arena
 from qwen_bridge.channel import Channel, PeerGone
+from qwen_bridge.errors import InputError
 from qwen_bridge.messages import (
     NO_JOB,
     Failure,
@@ -25,7 +26,6 @@ from qwen_bridge.messages import (
 )
 from qwen_bridge.protocol import (
     MAX_FRAME_BYTES,
-    ProtocolError,
     read_arrays,
     request_arrays,
     result_arrays,
@@ -201,7 +201,7 @@ def test_broken_stream_ends_the_server(driver):
 )
 def test_factories_from_elsewhere_are_refused(name, monkeypatch):
     monkeypatch.delenv("QWEN_BRIDGE_FACTORIES", raising=False)
-    with pytest.raises(ProtocolError, match="factory"):
+    with pytest.raises(InputError, match="--factory"):
         load_factory(name)
 
 
