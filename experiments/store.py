@@ -11,8 +11,9 @@
 `info` and `verify` change nothing and may run beside a writer; `verify` reads the whole file and
 exits with 1 if anything is wrong. `merge` wants stores of one fingerprint; `split` cuts by query
 into part-1-of-8.sqlite and so on, and `merge` puts the parts together again. `salvage` gets every
-whole row out of a file, even of one that SQLite refuses. No command overwrites a file, and what
-one writes appears whole or not at all.
+whole row out of a file, even of one that SQLite refuses; if the file was moved, move the `-wal`
+beside its old name along, for the last records may be in it. No command overwrites a file, and
+what one writes appears whole or not at all.
 """
 
 import pathlib
@@ -160,6 +161,11 @@ def _salvage(path: pathlib.Path) -> int:
         with Store.open(LIKE.value, read_only=True) as like:
             fingerprint = like.fingerprint
     saved = salvage(path, _out(), fingerprint)
+    if not _log(path).exists():
+        note(
+            f"{_log(path)} is not there; if {path} was moved from another name, move the -wal "
+            "beside that name along and salvage again: the last records may be in it"
+        )
     lost = 0
     for table, count in saved.rows.items():
         whole = count + saved.left_out.get(table, 0)

@@ -20,6 +20,8 @@ from lever_jax.store import Store, StoreError
 # Scores before what refers to them.
 TABLES = ("stages", "pools", "scores", "answers", "proposals", "superseded")
 _BATCH = 10_000
+# What SQLite keeps beside a file.
+_LOGS = ("-wal", "-shm", "-journal")
 _NAMED = 20
 _DUPLICATES = ("duplicate_scores", "duplicate_answers")
 _VERBS = {"scores": "score", "answers": "answer"}
@@ -30,19 +32,39 @@ def new_store(out: Path, fingerprint: dict[str, str]) -> Iterator[Store]:
     """A new store that becomes `out` if the block ends well, and else disappears.
 
     Raises:
-      StoreError: `out` exists.
+      StoreError: `out`, or a log under its name, exists.
     """
-    if out.exists():
-        raise StoreError(f"{out} exists and is not overwritten; name another file")
+    check_free(out)
     partial = out.with_name(f"{out.name}.partial")
     try:
         partial.unlink(missing_ok=True)
         with Store.open(partial, fingerprint) as store:
             yield store
+        check_free(out)
         partial.replace(out)
     finally:
-        for suffix in ("", "-wal", "-shm"):
+        for suffix in ("", *_LOGS):
             partial.with_name(partial.name + suffix).unlink(missing_ok=True)
+
+
+def check_free(out: Path) -> None:
+    """Refuses a name that is taken, by a file or by the log of one that was moved or deleted.
+
+    SQLite would replay such a log into whatever file comes to lie beside it.
+
+    Raises:
+      StoreError: with the file, and what to do.
+    """
+    if out.exists():
+        raise StoreError(f"{out} exists and is not overwritten; name another file")
+    for suffix in _LOGS:
+        log = out.with_name(out.name + suffix)
+        if log.exists():
+            raise StoreError(
+                f"{log} exists without its store and would be replayed into a new {out}; move it "
+                f"beside the store that it belongs to, as that store's name with {suffix}, or name "
+                "another file"
+            )
 
 
 def settle(store: Store) -> dict[str, int]:
@@ -130,11 +152,10 @@ def split_store(source: Path, outs: list[Path]) -> list[int]:
     The marks of finished stages are in each. `merge_stores` puts the parts together again.
 
     Raises:
-      StoreError: an output exists, or a row of `source` is damaged.
+      StoreError: an output, or a log under its name, exists, or a row of `source` is damaged.
     """
     for out in outs:
-        if out.exists():
-            raise StoreError(f"{out} exists and is not overwritten; name another file")
+        check_free(out)
     with Store.open(source, read_only=True) as store, contextlib.ExitStack() as stack:
         part = {query_id: i % len(outs) for i, query_id in enumerate(store.queries().tolist())}
         copies = [stack.enter_context(new_store(out, store.fingerprint)) for out in outs]

@@ -43,13 +43,14 @@ def salvage(source: Path, out: Path, fingerprint: dict[str, str] | None = None) 
     """Writes the whole rows of `source`, which is not changed, to the new store `out`.
 
     Args:
-      source: the damaged store; its log, if it has one, lies beside it.
+      source: the damaged store; its log, if it has one, lies beside it as `source-wal`, where it
+        has to be moved with a store that is moved.
       out: must not exist.
       fingerprint: for a file that has lost its own.
 
     Raises:
-      StoreError: the fingerprint is lost and none is given, or another one is given; `out` exists,
-        or `source` does not, or it is being written or cannot be locked.
+      StoreError: the fingerprint is lost and none is given, or another one is given; `out`, or
+        a log under its name, exists; `source` does not, is being written, or cannot be locked.
     """
     if not source.is_file():
         raise StoreError(f"there is no file {source}")

@@ -11,6 +11,7 @@ import pytest
 from lever_jax.errors import InputError
 from lever_jax.store import ScoreRecord, Store, StoreError
 from lever_jax.store_copies import TABLES, filter_store, merge_stores, split_store
+from lever_jax.store_salvage import salvage
 
 FINGERPRINT = {"model": "tiny", "metric": "normalized"}
 
@@ -190,6 +191,27 @@ def test_a_damaged_row_is_not_copied(tmp_path):
         assert not list(tmp_path.glob("b*"))
 
 
+@pytest.mark.parametrize("suffix", ["-wal", "-shm", "-journal"])
+def test_a_stale_log_swallows_no_new_store(tmp_path, suffix):
+    """The log of a store that was killed, and then moved or deleted without it."""
+    path, stale = make(tmp_path / "a", [1, 2]), tmp_path / f"out{suffix}"
+    with Store.open(tmp_path / "old", {"model": "old"}) as old:
+        old.mark_done("old", {})
+        stale.write_bytes((tmp_path / "old-wal").read_bytes())
+    stale_bytes = stale.read_bytes()
+    for copy in (
+        lambda out: filter_store(path, out, queries=[1, 2]),
+        lambda out: split_store(path, [tmp_path / "first", out]),
+        lambda out: merge_stores([path, path], out),
+        lambda out: salvage(path, out),
+    ):
+        with pytest.raises(StoreError, match=rf"out{suffix} exists without its store.*; move it"):
+            copy(tmp_path / "out")
+        assert not (tmp_path / "out").exists()
+        assert not (tmp_path / "first").exists()
+        assert stale.read_bytes() == stale_bytes
+
+
 # --- the command --------------------------------------------------------------------------------
 
 
@@ -248,6 +270,7 @@ def test_the_command(tmp_path):
     assert code == 0
     assert ", 1 lost" in said
     assert "answers: 1 more are whole and left out" in said
+    assert "a.sqlite-wal is not there" in said
     assert path.read_bytes() == before
     content(tmp_path / "saved")
 
