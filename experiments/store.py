@@ -37,7 +37,10 @@ STAGE = flags.DEFINE_string(
     "stage", None, "filter: a mining stage; only what it proposed is kept, with its scores."
 )
 DROP_FAILED = flags.DEFINE_bool(
-    "drop_failed", False, "filter: leave out what is eval_failed, so that a run asks for it again."
+    "drop_failed",
+    False,
+    "filter: leave out what is eval_failed, and all that was proposed to the queries where it was, "
+    "so that a run mines these again and asks for what failed.",
 )
 PARTS = flags.DEFINE_integer("parts", None, "split: how many stores.", lower_bound=2)
 LIKE = flags.DEFINE_string(
@@ -174,10 +177,17 @@ def _salvage(path: pathlib.Path) -> int:
         lost += max((expected or 0) - count, 0)
         note(f"{table}: {count:,} saved{missing}")
     for table, count in saved.left_out.items():
-        note(f"{table}: {count:,} more are whole and left out, the scores they belong to are lost")
+        why = "the scores they belong to are lost"
+        if table == "proposals":
+            why = "something of their queries is lost, which are mined again; import imported ones"
+        note(f"{table}: {count:,} more are whole and left out, {why}")
     for name in saved.torn:
         note(f"{name}: there are two versions of it, neither is taken")
-    note(f"{OUT.value}: what is lost will be asked for again by the run" if lost else OUT.value)
+    note(
+        f"{OUT.value}: what is lost will be asked for again by the run"
+        if lost or saved.left_out
+        else OUT.value
+    )
     return 0
 
 

@@ -67,25 +67,44 @@ def check_free(out: Path) -> None:
             )
 
 
-def settle(store: Store) -> dict[str, int]:
+def settle(store: Store, undone: Iterable[tuple[str, int]] = ()) -> dict[str, int]:
     """Counts the rows of a store that was filled by hand, without those that dangle.
+
+    Mining takes a query that has any proposal for finished. So where one dangles, all that its
+    stage proposed to its query goes, and the stage is not marked any more: the query is mined
+    again, with the same proposals, and only what is not stored is asked for.
+
+    Args:
+      store: filled with `add_row`.
+      undone: stages and query ids that are to be mined again for another reason.
 
     Returns:
       How many answers, proposals and superseded failures were left out, because the score that
-      they belong to is not there.
+      they belong to is not there, or because their query is to be mined again.
     """
-    left_out = {}
-    for table in schema.REFERENCES:
-        keys = store.dangling(table)
-        with store.transaction():
+    _recount(store)
+    before = store.counts()
+    with store.transaction():
+        for table in schema.REFERENCES:
+            keys = store.dangling(table)
+            if table == "proposals":
+                for stage, query_id in {*undone, *(key[1:3] for key in keys)}:
+                    where = "WHERE stage = ? AND query_id = ?"
+                    store.delete_rows(table, where, (stage, query_id))
+                    store.delete_rows("stages", "WHERE name = ?", (stage,))
+                continue
             for key in keys:
                 store.delete_rows(table, *schema.where_key(table, key))
-        if keys:
-            left_out[table] = len(keys)
+    _recount(store)
+    after = store.counts()
+    left_out = {table: before[table] - after[table] for table in schema.REFERENCES}
+    return {table: count for table, count in left_out.items() if count}
+
+
+def _recount(store: Store) -> None:
     for table in TABLES:
         if table != "stages":
             store.recount(table)
-    return left_out
 
 
 # --- filter and split ---------------------------------------------------------------------------
@@ -106,7 +125,8 @@ def filter_store(
       out: must not exist.
       queries: only these.
       stage: only this mining stage, with the scores of what it proposed.
-      drop_failed: without scores and answers that failed, so that a run asks for them again.
+      drop_failed: without scores and answers that failed, and without the proposals of their
+        queries to the stages that proposed them, so that a run asks for them again.
 
     Raises:
       StoreError: `out` exists, there is no such stage, or a row of `source` is damaged.
@@ -120,6 +140,7 @@ def filter_store(
                 raise StoreError(f"{source} has no stage {stage!r}; it has {names}")
             rows = store.read_rows("proposals", "WHERE stage = ?", (stage,))
             proposed = {(row[2], row[3]) for row in rows}
+        failed, undone = set(), set()
         pools = None if proposed is None else {query_id for query_id, _ in proposed}
 
         def keep(table: str, row: tuple) -> bool:
@@ -136,12 +157,17 @@ def filter_store(
                     return False
                 if (query_id, named["pointer"]) not in proposed:
                     return False
-            return not (drop_failed and table in _VERBS and named["failure"] is not None)
+            if drop_failed and table in _VERBS and named["failure"] is not None:
+                failed.add((query_id, named["pointer"]))
+                return False
+            if table == "proposals" and (query_id, named["pointer"]) in failed:
+                undone.add((named["stage"], query_id))
+            return True
 
         with new_store(out, store.fingerprint) as copy:
             for table in TABLES:
                 _copy(store, copy, table, lambda row, table=table: keep(table, row))
-            settle(copy)
+            settle(copy, undone)
             before, after = store.counts(), copy.counts()
     return {table: before[table] - after[table] for table in TABLES}
 
