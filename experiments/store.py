@@ -130,7 +130,7 @@ def _merge(*paths: pathlib.Path) -> None:
     note(
         f"{OUT.value}: {merged.counts['scores']:,} scores and {merged.counts['answers']:,} answers "
         f"of {len(paths)} stores; {merged.equal:,} rows were in more than one, and "
-        f"{merged.settled:,} failures have a score or an answer in another"
+        f"{merged.settled:,} failures have a score, an answer or another failure in another"
     )
     for name in sorted(merged.open_stages):
         note(f"stage {name} is finished differently in them, so it is not marked any more")

@@ -18,7 +18,7 @@ from lever_jax import store_schema as schema
 from lever_jax.store import Store, StoreError
 
 # Scores before what refers to them.
-TABLES = ("stages", "pools", "scores", "answers", "proposals", "superseded")
+TABLES = ("stages", "pools", "scores", "answers", "superseded", "proposals")
 _BATCH = 10_000
 # What SQLite keeps beside a file.
 _LOGS = ("-wal", "-shm", "-journal")
@@ -222,7 +222,8 @@ class Merged:
     Attributes:
       counts: of the new store, as `Store.counts`.
       equal: rows that more than one store had alike.
-      settled: failures whose prompt another store has a score or an answer of; these count.
+      settled: failures whose prompt another store has a score or an answer of, which counts, or
+        another failure of, of which the first counts.
       open_stages: stages that are finished differently in different stores; not marked any more.
     """
 
@@ -312,13 +313,25 @@ class _Merge:
             self._result.open_stages.add(row[0])
         elif table == "superseded":
             self._note(row[:3], row[4])
-        elif table in _VERBS and (there[-1] is None) != (row[-1] is None):
+        elif table in _VERBS and there[-1] != row[-1]:
             self._result.settled += 1
-            self._note((*row[:2], _VERBS[table]), there[-1] or row[-1])
             if row[-1] is None:
+                out.write_rows(table, [row])
+            self._note((*row[:2], _VERBS[table]), there[-1] if row[-1] is None else row[-1])
+        elif table == "proposals" and there[:-1] == row[:-1] and self._may_differ(there, row):
+            if there[-1] is None or row[-1] == 1:
                 out.write_rows(table, [row])
         else:
             self._conflicts.append(f"table {table}, {schema.name_row(table, row)} in {store.path}")
+
+    def _may_differ(self, there: tuple, row: tuple) -> bool:
+        """Whether one store decided, or kept after a retry, what the other did not."""
+        if None in (there[-1], row[-1]):
+            return True
+        prompt = row[2:4]
+        where = "WHERE query_id = ? AND pointer = ?"
+        tables = ("superseded", "answers")
+        return any(next(self._out.read_rows(table, where, prompt), None) for table in tables)
 
     def _note(self, key: tuple, failure: str) -> None:
         """Adds a failure to those that were superseded for a prompt and a verb."""

@@ -135,6 +135,53 @@ def test_a_score_settles_the_failure_of_another_store(tmp_path):
             assert store.verify() == []
 
 
+def test_two_failures_in_other_words_are_one(tmp_path):
+    first, second = tmp_path / "first", tmp_path / "second"
+    for path, word in ((first, "a"), (second, "b")):
+        with Store.open(path, FINGERPRINT) as store:
+            store.put_scores([ScoreRecord(1, (1,), eval_failed=word)])
+            store.put_scores([record(1, (2,), eval_failed=word)])
+    for name, sources, here, noted in (
+        ("c", [first, second], "a", "b"),
+        ("d", [second, first], "b", "a"),
+    ):
+        assert merge_stores(sources, tmp_path / name).settled == 2
+        with Store.open(tmp_path / name) as store:
+            assert [one.eval_failed for one in store.iter_scores()] == [here, here]
+            rows = [(row[2], row[4]) for row in store.read_rows("superseded")]
+            assert rows == [("score", noted), ("answer", noted)]
+            assert store.verify() == []
+
+
+def test_what_one_store_kept_is_kept(tmp_path):
+    """A pointer that one store decided on, or retried, and the other did not."""
+    first, second = tmp_path / "first", tmp_path / "second"
+    marks = {1: (None, 0, 0), 2: (1, None, 1), 3: (1, 0, 1), 4: (0, 1, 1), 5: (None, None, None)}
+    for path, at in ((first, 0), (second, 1)):
+        with Store.open(path, FINGERPRINT) as store:
+            store.put_scores([record(1, (5,)), record(1, (1,)), record(1, (2,))])
+            store.put_scores([answered(1, (3,))])
+            store.put_scores([ScoreRecord(1, (4,), eval_failed="x")])
+            if at:
+                store.supersede("score", [record(1, (4,))])
+            for i, kept in marks.items():
+                decided = None if kept[at] is None else [bool(kept[at])]
+                store.put_proposals("mine", [1], [[i]], ["beam"], [-1.0], decided)
+    for name, sources in (("c", [first, second]), ("d", [second, first])):
+        merge_stores(sources, tmp_path / name)
+        with Store.open(tmp_path / name) as store:
+            assert store.get_proposals("mine").pointers[:, 0].tolist() == list(marks)
+            expected = [-1 if kept is None else kept for *_, kept in marks.values()]
+            assert store.get_proposals("mine").kept.tolist() == expected
+            assert store.verify() == []
+    with Store.open(first) as one, Store.open(second) as two:
+        for store, kept in ((one, True), (two, False)):
+            store.put_scores([record(1, (6,))])
+            store.put_proposals("mine", [1], [[6]], ["beam"], [-1.0], [kept])
+    with pytest.raises(StoreError, match="1 rows contradict each other"):
+        merge_stores([first, second], tmp_path / "e")
+
+
 def test_other_settings_do_not_merge(tmp_path):
     first = make(tmp_path / "a", [1])
     other = make(tmp_path / "b", [2], fingerprint={"model": "big", "metric": "normalized"})
