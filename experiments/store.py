@@ -11,8 +11,9 @@
 `info` and `verify` change nothing and may run beside a writer; `verify` reads the whole file and
 exits with 1 if anything is wrong. `merge` wants stores of one fingerprint; `split` cuts by query
 into part-1-of-8.sqlite and so on, and `merge` puts the parts together again. `salvage` gets every
-whole row out of a file, even of one that SQLite refuses. No command overwrites a file, and what
-one writes appears whole or not at all.
+whole row out of a file, even of one that SQLite refuses; if the file was moved, move the `-wal`
+beside its old name along, for the last records may be in it. No command overwrites a file, and
+what one writes appears whole or not at all.
 """
 
 import pathlib
@@ -36,7 +37,10 @@ STAGE = flags.DEFINE_string(
     "stage", None, "filter: a mining stage; only what it proposed is kept, with its scores."
 )
 DROP_FAILED = flags.DEFINE_bool(
-    "drop_failed", False, "filter: leave out what is eval_failed, so that a run asks for it again."
+    "drop_failed",
+    False,
+    "filter: leave out what is eval_failed, and all that was proposed to the queries where it was, "
+    "so that a run mines these again and asks for what failed.",
 )
 PARTS = flags.DEFINE_integer("parts", None, "split: how many stores.", lower_bound=2)
 LIKE = flags.DEFINE_string(
@@ -126,7 +130,7 @@ def _merge(*paths: pathlib.Path) -> None:
     note(
         f"{OUT.value}: {merged.counts['scores']:,} scores and {merged.counts['answers']:,} answers "
         f"of {len(paths)} stores; {merged.equal:,} rows were in more than one, and "
-        f"{merged.settled:,} failures have a score or an answer in another"
+        f"{merged.settled:,} failures have a score, an answer or another failure in another"
     )
     for name in sorted(merged.open_stages):
         note(f"stage {name} is finished differently in them, so it is not marked any more")
@@ -160,6 +164,11 @@ def _salvage(path: pathlib.Path) -> int:
         with Store.open(LIKE.value, read_only=True) as like:
             fingerprint = like.fingerprint
     saved = salvage(path, _out(), fingerprint)
+    if not _log(path).exists():
+        note(
+            f"{_log(path)} is not there; if {path} was moved from another name, move the -wal "
+            "beside that name along and salvage again: the last records may be in it"
+        )
     lost = 0
     for table, count in saved.rows.items():
         whole = count + saved.left_out.get(table, 0)
@@ -168,10 +177,17 @@ def _salvage(path: pathlib.Path) -> int:
         lost += max((expected or 0) - count, 0)
         note(f"{table}: {count:,} saved{missing}")
     for table, count in saved.left_out.items():
-        note(f"{table}: {count:,} more are whole and left out, the scores they belong to are lost")
+        why = "the scores they belong to are lost"
+        if table == "proposals":
+            why = "something of their queries is lost, which are mined again; import imported ones"
+        note(f"{table}: {count:,} more are whole and left out, {why}")
     for name in saved.torn:
         note(f"{name}: there are two versions of it, neither is taken")
-    note(f"{OUT.value}: what is lost will be asked for again by the run" if lost else OUT.value)
+    note(
+        f"{OUT.value}: what is lost will be asked for again by the run"
+        if lost or saved.left_out
+        else OUT.value
+    )
     return 0
 
 

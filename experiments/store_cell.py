@@ -77,10 +77,17 @@ def open_seconds(path: pathlib.Path, read_only: bool) -> float:
         return time.perf_counter() - start
 
 
-def killed_open_seconds(path: pathlib.Path, batches: int = 20) -> float:
-    """Seconds until a driver goes on after one that was killed with a log and a job in hand."""
+def killed_open_seconds(path: pathlib.Path, first: int = 0, batches: int = 20) -> float:
+    """Seconds until a driver goes on after one that was killed with a log and a job in hand.
+
+    Args:
+      path: a file of `fill`.
+      first: of the batches that the driver writes; give another range each time, so that each log
+        holds new records and each job is in hand for the first time.
+      batches: how many of them.
+    """
     spawn = multiprocessing.get_context("spawn")
-    child = spawn.Process(target=_write_and_die, args=(path, batches))
+    child = spawn.Process(target=_write_and_die, args=(path, first, batches))
     child.start()
     child.join()
     if child.exitcode != -signal.SIGKILL:
@@ -88,10 +95,11 @@ def killed_open_seconds(path: pathlib.Path, batches: int = 20) -> float:
     return open_seconds(path, read_only=False)
 
 
-def _write_and_die(path: pathlib.Path, batches: int) -> None:
+def _write_and_die(path: pathlib.Path, first: int, batches: int) -> None:
     store = Store.open(path, FINGERPRINT)
-    for lease in Ledger(store).leases("score", np.arange(BATCH), np.zeros((BATCH, 2))):
+    asked = first * BATCH + np.arange(BATCH)
+    for lease in Ledger(store).leases("score", asked, np.zeros((BATCH, 2))):
         lease.__enter__()
     for i in range(batches):
-        store.put_scores(records(10**5 + i))
+        store.put_scores(records(10**5 + first + i))
     os.kill(os.getpid(), signal.SIGKILL)

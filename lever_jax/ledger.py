@@ -85,6 +85,7 @@ class Lease:
         self._ledger, self._jobs = ledger, jobs
         self._open = np.array([len(rows) for rows in members])
         self._job_of = np.repeat(np.arange(len(jobs)), self._open)
+        self._landed = np.zeros(len(self.rows), bool)
         self.given_up = None
         if len(jobs) == 1 and jobs[0].hopeless:
             self.given_up = f"given up after {jobs[0].attempts} attempts; {jobs[0].reason}"
@@ -103,13 +104,18 @@ class Lease:
             ended = [self._jobs[job] for job in jobs[left == 0]]
             self._ledger.write(ended, "failed" if self.given_up else "done")
         self._open[jobs] = left
+        self._landed[rows] = True
 
     def __enter__(self) -> "Lease":
         self._ledger.write(self._jobs, "leased")
         return self
 
     def __exit__(self, kind, error, traceback) -> None:
-        left = [job for job, size in zip(self._jobs, self._open, strict=True) if size]
+        left = {
+            job: ~self._landed[self._job_of == i]
+            for i, job in enumerate(self._jobs)
+            if self._open[i]
+        }
         blamed = error is not None and not isinstance(error, self._ledger.blameless)
         reason = f"the last one ended with {kind.__name__}: {error}" if blamed else None
         # Where the disk is full, say, the leases stay, and whoever opens the store takes them back.
@@ -143,7 +149,7 @@ class Ledger:
                 leased.append((job, f"the last one ended with {owner}"))
         with self.transaction():
             for job, reason in leased:
-                self.give_back([job], reason)
+                self.give_back({job: self._unknown(job)}, reason)
 
     def leases(self, verb: str, query_ids: np.ndarray, pointers: np.ndarray) -> Iterator[Lease]:
         """Leases that hold each of n distinct prompts once; to be entered one after another.
@@ -191,14 +197,19 @@ class Ledger:
             else:
                 self._waiting.pop(job.key, None)
 
-    def give_back(self, jobs: list[Job], reason: str | None) -> None:
-        """Ends leases without their end; with a reason this counts as an attempt of the jobs."""
+    def give_back(self, jobs: dict[Job, np.ndarray], reason: str | None) -> None:
+        """Ends leases without their end; with a reason this counts as an attempt of the jobs.
+
+        Args:
+          jobs: with bool [n], which prompts of each have not landed.
+          reason: None if the jobs are not to blame.
+        """
         with self.transaction():
-            for job in jobs:
+            for job, open_ in jobs.items():
                 attempts = job.attempts + (reason is not None)
                 why = job.reason if reason is None else reason[:_REASON_CHARS]
                 self._forget(job)
-                self._keep(Job(job.verb, self._unknown(job), attempts, why))
+                self._keep(Job(job.verb, job.prompts[open_], attempts, why))
 
     def _by_waiting_job(
         self, verb: str, prompts: np.ndarray
@@ -230,11 +241,15 @@ class Ledger:
         self._waiting.pop(job.key, None)
 
     def _unknown(self, job: Job) -> np.ndarray:
-        """The prompts of a job that have no record yet, or that of the failure to be retried."""
+        """Which prompts of a job have no record yet, or that of a failure to be retried: bool [n].
+
+        For a job of a process that is gone. Of a prompt that was retried and has failed again the
+        records do not say that it landed: it is taken for open, blamed with the rest, and paid
+        for again.
+        """
         records = self._store.get_scores(job.prompts[:, 0], job.prompts[:, 1:])
         retried, answer = job.verb.startswith(RETRY), job.verb.endswith("answer")
-        unknown = [_is_open(record, retried, answer) for record in records]
-        return job.prompts[np.array(unknown, bool)]
+        return np.array([_is_open(record, retried, answer) for record in records], bool)
 
     def _open_jobs(self) -> list[tuple[Job, str | None]]:
         jobs = []

@@ -18,8 +18,10 @@ from lever_jax import store_schema as schema
 from lever_jax.store import Store, StoreError
 
 # Scores before what refers to them.
-TABLES = ("stages", "pools", "scores", "answers", "proposals", "superseded")
+TABLES = ("stages", "pools", "scores", "answers", "superseded", "proposals")
 _BATCH = 10_000
+# What SQLite keeps beside a file.
+_LOGS = ("-wal", "-shm", "-journal")
 _NAMED = 20
 _DUPLICATES = ("duplicate_scores", "duplicate_answers")
 _VERBS = {"scores": "score", "answers": "answer"}
@@ -30,40 +32,79 @@ def new_store(out: Path, fingerprint: dict[str, str]) -> Iterator[Store]:
     """A new store that becomes `out` if the block ends well, and else disappears.
 
     Raises:
-      StoreError: `out` exists.
+      StoreError: `out`, or a log under its name, exists.
     """
-    if out.exists():
-        raise StoreError(f"{out} exists and is not overwritten; name another file")
+    check_free(out)
     partial = out.with_name(f"{out.name}.partial")
     try:
         partial.unlink(missing_ok=True)
         with Store.open(partial, fingerprint) as store:
             yield store
+        check_free(out)
         partial.replace(out)
     finally:
-        for suffix in ("", "-wal", "-shm"):
+        for suffix in ("", *_LOGS):
             partial.with_name(partial.name + suffix).unlink(missing_ok=True)
 
 
-def settle(store: Store) -> dict[str, int]:
+def check_free(out: Path) -> None:
+    """Refuses a name that is taken, by a file or by the log of one that was moved or deleted.
+
+    SQLite would replay such a log into whatever file comes to lie beside it.
+
+    Raises:
+      StoreError: with the file, and what to do.
+    """
+    if out.exists():
+        raise StoreError(f"{out} exists and is not overwritten; name another file")
+    for suffix in _LOGS:
+        log = out.with_name(out.name + suffix)
+        if log.exists():
+            raise StoreError(
+                f"{log} exists without its store and would be replayed into a new {out}; move it "
+                f"beside the store that it belongs to, as that store's name with {suffix}, or name "
+                "another file"
+            )
+
+
+def settle(store: Store, undone: Iterable[tuple[str, int]] = ()) -> dict[str, int]:
     """Counts the rows of a store that was filled by hand, without those that dangle.
+
+    Mining takes a query that has any proposal for finished. So where one dangles, all that its
+    stage proposed to its query goes, and the stage is not marked any more: the query is mined
+    again, with the same proposals, and only what is not stored is asked for.
+
+    Args:
+      store: filled with `add_row`.
+      undone: stages and query ids that are to be mined again for another reason.
 
     Returns:
       How many answers, proposals and superseded failures were left out, because the score that
-      they belong to is not there.
+      they belong to is not there, or because their query is to be mined again.
     """
-    left_out = {}
-    for table in schema.REFERENCES:
-        keys = store.dangling(table)
-        with store.transaction():
+    _recount(store)
+    before = store.counts()
+    with store.transaction():
+        for table in schema.REFERENCES:
+            keys = store.dangling(table)
+            if table == "proposals":
+                for stage, query_id in {*undone, *(key[1:3] for key in keys)}:
+                    where = "WHERE stage = ? AND query_id = ?"
+                    store.delete_rows(table, where, (stage, query_id))
+                    store.delete_rows("stages", "WHERE name = ?", (stage,))
+                continue
             for key in keys:
                 store.delete_rows(table, *schema.where_key(table, key))
-        if keys:
-            left_out[table] = len(keys)
+    _recount(store)
+    after = store.counts()
+    left_out = {table: before[table] - after[table] for table in schema.REFERENCES}
+    return {table: count for table, count in left_out.items() if count}
+
+
+def _recount(store: Store) -> None:
     for table in TABLES:
         if table != "stages":
             store.recount(table)
-    return left_out
 
 
 # --- filter and split ---------------------------------------------------------------------------
@@ -84,7 +125,8 @@ def filter_store(
       out: must not exist.
       queries: only these.
       stage: only this mining stage, with the scores of what it proposed.
-      drop_failed: without scores and answers that failed, so that a run asks for them again.
+      drop_failed: without scores and answers that failed, and without the proposals of their
+        queries to the stages that proposed them, so that a run asks for them again.
 
     Raises:
       StoreError: `out` exists, there is no such stage, or a row of `source` is damaged.
@@ -98,6 +140,7 @@ def filter_store(
                 raise StoreError(f"{source} has no stage {stage!r}; it has {names}")
             rows = store.read_rows("proposals", "WHERE stage = ?", (stage,))
             proposed = {(row[2], row[3]) for row in rows}
+        failed, undone = set(), set()
         pools = None if proposed is None else {query_id for query_id, _ in proposed}
 
         def keep(table: str, row: tuple) -> bool:
@@ -114,12 +157,17 @@ def filter_store(
                     return False
                 if (query_id, named["pointer"]) not in proposed:
                     return False
-            return not (drop_failed and table in _VERBS and named["failure"] is not None)
+            if drop_failed and table in _VERBS and named["failure"] is not None:
+                failed.add((query_id, named["pointer"]))
+                return False
+            if table == "proposals" and (query_id, named["pointer"]) in failed:
+                undone.add((named["stage"], query_id))
+            return True
 
         with new_store(out, store.fingerprint) as copy:
             for table in TABLES:
                 _copy(store, copy, table, lambda row, table=table: keep(table, row))
-            settle(copy)
+            settle(copy, undone)
             before, after = store.counts(), copy.counts()
     return {table: before[table] - after[table] for table in TABLES}
 
@@ -130,11 +178,10 @@ def split_store(source: Path, outs: list[Path]) -> list[int]:
     The marks of finished stages are in each. `merge_stores` puts the parts together again.
 
     Raises:
-      StoreError: an output exists, or a row of `source` is damaged.
+      StoreError: an output, or a log under its name, exists, or a row of `source` is damaged.
     """
     for out in outs:
-        if out.exists():
-            raise StoreError(f"{out} exists and is not overwritten; name another file")
+        check_free(out)
     with Store.open(source, read_only=True) as store, contextlib.ExitStack() as stack:
         part = {query_id: i % len(outs) for i, query_id in enumerate(store.queries().tolist())}
         copies = [stack.enter_context(new_store(out, store.fingerprint)) for out in outs]
@@ -175,7 +222,8 @@ class Merged:
     Attributes:
       counts: of the new store, as `Store.counts`.
       equal: rows that more than one store had alike.
-      settled: failures whose prompt another store has a score or an answer of; these count.
+      settled: failures whose prompt another store has a score or an answer of, which counts, or
+        another failure of, of which the first counts.
       open_stages: stages that are finished differently in different stores; not marked any more.
     """
 
@@ -265,13 +313,25 @@ class _Merge:
             self._result.open_stages.add(row[0])
         elif table == "superseded":
             self._note(row[:3], row[4])
-        elif table in _VERBS and (there[-1] is None) != (row[-1] is None):
+        elif table in _VERBS and there[-1] != row[-1]:
             self._result.settled += 1
-            self._note((*row[:2], _VERBS[table]), there[-1] or row[-1])
             if row[-1] is None:
+                out.write_rows(table, [row])
+            self._note((*row[:2], _VERBS[table]), there[-1] if row[-1] is None else row[-1])
+        elif table == "proposals" and there[:-1] == row[:-1] and self._may_differ(there, row):
+            if there[-1] is None or row[-1] == 1:
                 out.write_rows(table, [row])
         else:
             self._conflicts.append(f"table {table}, {schema.name_row(table, row)} in {store.path}")
+
+    def _may_differ(self, there: tuple, row: tuple) -> bool:
+        """Whether one store decided, or kept after a retry, what the other did not."""
+        if None in (there[-1], row[-1]):
+            return True
+        prompt = row[2:4]
+        where = "WHERE query_id = ? AND pointer = ?"
+        tables = ("superseded", "answers")
+        return any(next(self._out.read_rows(table, where, prompt), None) for table in tables)
 
     def _note(self, key: tuple, failure: str) -> None:
         """Adds a failure to those that were superseded for a prompt and a verb."""

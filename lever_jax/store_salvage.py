@@ -2,7 +2,8 @@
 
 A row is whole if its bytes are: the checksum, keyed by the fingerprint, says so. The rows are
 looked for page by page (`store_pages`), so it does not matter whether SQLite still reads the
-file. The ledger of jobs is left behind: what is not stored is asked for again by the run itself.
+file. The ledger of jobs is left behind, and so are the proposals to queries of which something
+is lost: they are drawn again, and what is not stored is asked for again by the run itself.
 """
 
 import json
@@ -27,8 +28,9 @@ class Salvaged:
       fingerprint: of the store.
       rows: whole rows by table.
       expected: rows by table as the damaged file counts them; what it does not tell is missing.
-      left_out: whole rows that are of no use alone, by table: answers, proposals and superseded
-        failures whose score is lost.
+      left_out: whole rows that are of no use alone, by table: answers and superseded failures
+        whose score is lost, and proposals to queries that have to be mined again; see `settle`.
+        These are all, where answers or proposals are lost or may be: of whom nothing tells.
       torn: rows of which two versions are whole and nothing says which one counts; none is taken.
     """
 
@@ -43,13 +45,14 @@ def salvage(source: Path, out: Path, fingerprint: dict[str, str] | None = None) 
     """Writes the whole rows of `source`, which is not changed, to the new store `out`.
 
     Args:
-      source: the damaged store; its log, if it has one, lies beside it.
+      source: the damaged store; its log, if it has one, lies beside it as `source-wal`, where it
+        has to be moved with a store that is moved.
       out: must not exist.
       fingerprint: for a file that has lost its own.
 
     Raises:
-      StoreError: the fingerprint is lost and none is given, or another one is given; `out` exists,
-        or `source` does not, or it is being written or cannot be locked.
+      StoreError: the fingerprint is lost and none is given, or another one is given; `out`, or
+        a log under its name, exists; `source` does not, is being written, or cannot be locked.
     """
     if not source.is_file():
         raise StoreError(f"there is no file {source}")
@@ -145,10 +148,25 @@ class _Salvage:
         self._put(batch, live=True)
         self._put(remains, live=False)
         self._result.left_out = settle(self._store)
+        if self._lacks_mined():
+            rows = self._store.read_rows("proposals")
+            again = settle(self._store, {row[1:3] for row in rows})
+            for table, count in again.items():
+                self._result.left_out[table] = self._result.left_out.get(table, 0) + count
+            self._store.delete_rows("stages", "", ())
         self._result.torn = list(self._torn.values())
         counts = self._store.counts()
         self._result.rows = {table: counts[table] for table in TABLES}
         return self._result
+
+    def _lacks_mined(self) -> bool:
+        """Whether mining may take a query for finished whose answers or proposals are lost."""
+        counts, expected = self._store.counts(), self._result.expected
+        for table in ("answers", "proposals"):
+            found = counts[table] + self._result.left_out.get(table, 0)
+            if expected.get(table, 0) != found:
+                return True
+        return False
 
     def _put(self, batch: list[tuple[str, tuple]], *, live: bool) -> None:
         with self._store.transaction():

@@ -2,11 +2,13 @@
 
 import dataclasses
 import itertools
+import sqlite3
 
 import jax
 import numpy as np
 import pytest
-from fake import FakeEnvironment, worth
+from fake import FakeEnvironment, key, worth
+from small_world import no_bar
 
 from lever_jax.batches import Batches
 from lever_jax.errors import InputError
@@ -22,6 +24,10 @@ from lever_jax.mining import (
 )
 from lever_jax.on_policy import draw, judge
 from lever_jax.policy import sequence_log_probs
+from lever_jax.scoring import ScoringService
+from lever_jax.store import Store
+from lever_jax.store_copies import filter_store
+from lever_jax.store_salvage import salvage
 from lever_jax.training import LossConfig, init_state, make_optimizer, make_step
 
 CONFIG = MiningConfig(
@@ -295,3 +301,97 @@ def test_retried_prompts_join_their_groups(make_world):
     asked = len(world.environment.answered)
     run_mine(world)
     assert len(world.environment.answered) == asked
+
+
+# --- what a copy of the store left out ----------------------------------------------------------
+
+
+class FailingAnswers(FakeEnvironment):
+    """Answers nothing of query 1005."""
+
+    def _answer_batch(self, queries, pointers):
+        result = super()._answer_batch(queries, pointers)
+        result.reasons.update({i: "it hung" for i, q in enumerate(queries) if int(q) == 1005})
+        return result
+
+
+def mined_rows(store):
+    """What was mined, whatever the order of the queries."""
+    mined = store.get_proposals("mine", np.sort(store.proposed_queries("mine")))
+    rows = zip(mined.query_ids, mined.pointers.tolist(), mined.sources, mined.log_probs, mined.kept)
+    return [(int(q), p, source, str(log_prob), int(kept)) for q, p, source, log_prob, kept in rows]
+
+
+def mine_again(world, path):
+    """Mines with the store at `path`; the prompts that were scored, and those answered."""
+    world.store.close()
+    world.store, world.environment = Store.open(path), FakeEnvironment()
+    assert world.store.done("mine") is None
+    world.service = ScoringService(world.store, world.environment, no_bar)
+    run_mine(world)
+    assert world.store.verify() == []
+    return sorted(world.environment.scored), sorted(world.environment.answered)
+
+
+def mine_and_close(world):
+    run_mine(world)
+    world.store.mark_done("mine", {"queries": 12})
+    rows, records = mined_rows(world.store), list(world.store.iter_scores())
+    world.store.close()
+    return rows, records
+
+
+# A table and the row of it that is damaged: of a prompt whose answer was generated.
+@pytest.mark.parametrize("table", ["scores", "answers", "proposals", "counters"])
+def test_what_salvage_lost_is_asked_for_again(make_world, table):
+    world = make_world()
+    rows, records = mine_and_close(world)
+    lost = next(r for r in records if r.query_id == 1003 and r.how == "generated")
+    pointer = np.array(lost.pointer, "<i8").tobytes()
+    change = {
+        "scores": "UPDATE scores SET gt_prob = 0.99",
+        "answers": "UPDATE answers SET accuracy = 0.99",
+        "proposals": "UPDATE proposals SET log_prob = 0.99",
+        "counters": "UPDATE counters SET checksum = x'00' WHERE name = 'proposals'",
+    }[table]
+    db = sqlite3.connect(world.store.path)
+    db.execute("PRAGMA secure_delete = ON")
+    where, key_ = "", ()
+    if table != "counters":
+        where, key_ = " WHERE query_id = 1003 AND pointer = ?", (pointer,)
+    assert db.execute(change + where, key_).rowcount == 1
+    db.commit()
+    db.close()
+    out = world.store.path.with_name("saved")
+    saved = salvage(world.store.path, out)
+    assert saved.left_out["proposals"] == (
+        20 if table == "scores" else 240 - (table == "proposals")
+    )
+    prompt = key(lost.query_id, lost.pointer)
+    scored, answered = mine_again(world, out)
+    assert scored == ([prompt] if table == "scores" else [])
+    assert answered == ([prompt] if table in ("scores", "answers") else [])
+    assert mined_rows(world.store) == rows
+    assert list(world.store.iter_scores()) == records
+
+
+@pytest.mark.parametrize("verb", ["score", "answer"])
+def test_failures_that_a_filter_dropped_are_asked_for_again(make_world, verb):
+    clean = make_world(name="clean")
+    rows, records = mine_and_close(clean)
+    environment = FakeEnvironment(failing={1005}) if verb == "score" else FailingAnswers()
+    world = make_world(environment=environment)
+    _, failed = mine_and_close(world)
+    out = world.store.path.with_name("rest")
+    left_out = filter_store(world.store.path, out, drop_failed=True)
+    assert left_out["proposals"] == 20
+    scored, answered = mine_again(world, out)
+    lost = sorted(key(r.query_id, r.pointer) for r in failed if r.eval_failed is not None)
+    assert len(lost) > 2
+    own = sorted(key(r.query_id, r.pointer) for r in records
+                 if r.query_id == 1005 and r.how == "generated")  # fmt: skip
+    assert scored == (lost if verb == "score" else [])
+    assert answered == own
+    assert verb == "score" or own == lost
+    assert mined_rows(world.store) == rows
+    assert list(world.store.iter_scores()) == records

@@ -11,6 +11,7 @@ import pytest
 from lever_jax.errors import InputError
 from lever_jax.store import ScoreRecord, Store, StoreError
 from lever_jax.store_copies import TABLES, filter_store, merge_stores, split_store
+from lever_jax.store_salvage import salvage
 
 FINGERPRINT = {"model": "tiny", "metric": "normalized"}
 
@@ -134,6 +135,53 @@ def test_a_score_settles_the_failure_of_another_store(tmp_path):
             assert store.verify() == []
 
 
+def test_two_failures_in_other_words_are_one(tmp_path):
+    first, second = tmp_path / "first", tmp_path / "second"
+    for path, word in ((first, "a"), (second, "b")):
+        with Store.open(path, FINGERPRINT) as store:
+            store.put_scores([ScoreRecord(1, (1,), eval_failed=word)])
+            store.put_scores([record(1, (2,), eval_failed=word)])
+    for name, sources, here, noted in (
+        ("c", [first, second], "a", "b"),
+        ("d", [second, first], "b", "a"),
+    ):
+        assert merge_stores(sources, tmp_path / name).settled == 2
+        with Store.open(tmp_path / name) as store:
+            assert [one.eval_failed for one in store.iter_scores()] == [here, here]
+            rows = [(row[2], row[4]) for row in store.read_rows("superseded")]
+            assert rows == [("score", noted), ("answer", noted)]
+            assert store.verify() == []
+
+
+def test_what_one_store_kept_is_kept(tmp_path):
+    """A pointer that one store decided on, or retried, and the other did not."""
+    first, second = tmp_path / "first", tmp_path / "second"
+    marks = {1: (None, 0, 0), 2: (1, None, 1), 3: (1, 0, 1), 4: (0, 1, 1), 5: (None, None, None)}
+    for path, at in ((first, 0), (second, 1)):
+        with Store.open(path, FINGERPRINT) as store:
+            store.put_scores([record(1, (5,)), record(1, (1,)), record(1, (2,))])
+            store.put_scores([answered(1, (3,))])
+            store.put_scores([ScoreRecord(1, (4,), eval_failed="x")])
+            if at:
+                store.supersede("score", [record(1, (4,))])
+            for i, kept in marks.items():
+                decided = None if kept[at] is None else [bool(kept[at])]
+                store.put_proposals("mine", [1], [[i]], ["beam"], [-1.0], decided)
+    for name, sources in (("c", [first, second]), ("d", [second, first])):
+        merge_stores(sources, tmp_path / name)
+        with Store.open(tmp_path / name) as store:
+            assert store.get_proposals("mine").pointers[:, 0].tolist() == list(marks)
+            expected = [-1 if kept is None else kept for *_, kept in marks.values()]
+            assert store.get_proposals("mine").kept.tolist() == expected
+            assert store.verify() == []
+    with Store.open(first) as one, Store.open(second) as two:
+        for store, kept in ((one, True), (two, False)):
+            store.put_scores([record(1, (6,))])
+            store.put_proposals("mine", [1], [[6]], ["beam"], [-1.0], [kept])
+    with pytest.raises(StoreError, match="1 rows contradict each other"):
+        merge_stores([first, second], tmp_path / "e")
+
+
 def test_other_settings_do_not_merge(tmp_path):
     first = make(tmp_path / "a", [1])
     other = make(tmp_path / "b", [2], fingerprint={"model": "big", "metric": "normalized"})
@@ -188,6 +236,27 @@ def test_a_damaged_row_is_not_copied(tmp_path):
         with pytest.raises(StoreError, match=r"table scores, query_id 2, pointer \(\)"):
             copy(tmp_path / "b")
         assert not list(tmp_path.glob("b*"))
+
+
+@pytest.mark.parametrize("suffix", ["-wal", "-shm", "-journal"])
+def test_a_stale_log_swallows_no_new_store(tmp_path, suffix):
+    """The log of a store that was killed, and then moved or deleted without it."""
+    path, stale = make(tmp_path / "a", [1, 2]), tmp_path / f"out{suffix}"
+    with Store.open(tmp_path / "old", {"model": "old"}) as old:
+        old.mark_done("old", {})
+        stale.write_bytes((tmp_path / "old-wal").read_bytes())
+    stale_bytes = stale.read_bytes()
+    for copy in (
+        lambda out: filter_store(path, out, queries=[1, 2]),
+        lambda out: split_store(path, [tmp_path / "first", out]),
+        lambda out: merge_stores([path, path], out),
+        lambda out: salvage(path, out),
+    ):
+        with pytest.raises(StoreError, match=rf"out{suffix} exists without its store.*; move it"):
+            copy(tmp_path / "out")
+        assert not (tmp_path / "out").exists()
+        assert not (tmp_path / "first").exists()
+        assert stale.read_bytes() == stale_bytes
 
 
 # --- the command --------------------------------------------------------------------------------
@@ -248,6 +317,7 @@ def test_the_command(tmp_path):
     assert code == 0
     assert ", 1 lost" in said
     assert "answers: 1 more are whole and left out" in said
+    assert "a.sqlite-wal is not there" in said
     assert path.read_bytes() == before
     content(tmp_path / "saved")
 

@@ -136,14 +136,35 @@ def check_salvage(path, places, hit, *, log=False):
     }
     scored = {row[:2] for table, row in whole if table == "scores" and row[6] is None}
     failed = {row[:2] for table, row in whole if table == "scores"}
-    needs = {"answers": (scored, 0), "proposals": (failed, 2), "superseded": (failed, 0)}
+    needs = {"answers": (scored, 0), "superseded": (failed, 0)}
     with Store.open(out, FINGERPRINT) as store:
         assert store.verify() == []
         found = {(table, row) for table in TABLES for row in rows_of(store, table)}
     assert log or found <= set(places)
+    # Of a query either all proposals are there, with their scores and answers, or none.
+    proposed = {row for table, row in places if table == "proposals"}
+    groups = {row[1:3] for table, row in found if table == "proposals"}
+    prompts = {row[2:4] for row in proposed if row[1:3] in groups}
+    if not log:
+        for table, row in places:
+            in_group = row[1:3] in groups if table == "proposals" else row[:2] in prompts
+            assert (table, row) in found or not (
+                in_group and table in ("scores", "answers", "proposals")
+            )
+    mined = all(
+        result.expected.get(table) == sum(t == table for t, _ in places)
+        and {each for each in places if each[0] == table} <= whole
+        for table in ("answers", "proposals")
+    )
+    harmed = {row[1:3] for row in proposed if row[2:4] not in failed}
     for table, row in whole:
         keys, at = needs.get(table, (None, 0))
-        assert (table, row) in found or (keys is not None and row[at : at + 2] not in keys)
+        if table == "proposals":
+            assert (table, row) in found or row[1:3] in harmed or not mined
+        elif table == "stages":
+            assert (table, row) in found or harmed or not mined
+        else:
+            assert (table, row) in found or (keys is not None and row[at : at + 2] not in keys)
     assert result.rows == {t: sum(table == t for table, _ in found) for t in TABLES}
     return len(found)
 

@@ -343,6 +343,31 @@ def kill_if(bad):
     return kill
 
 
+@pytest.mark.parametrize("verb", ["score", "answer"])
+def test_a_retry_that_failed_again_is_not_blamed_for_what_comes_after_it(path, verb):
+    queries, pointers = prompts(40)
+    failing = [(int(queries[i]), tuple(pointers[i].tolist())) for i in range(40)]
+    environment = Arithmetic(batch=8)
+    if verb == "answer":
+        run(path, environment, count=40)
+    environment.failing = set(failing)
+    run(path, environment, verb, count=40)
+    lives = iter(range(10**6))
+
+    def stop(query, pointer):
+        if next(lives) >= 20:
+            raise RuntimeError("no memory")
+
+    with Store.open(path, FINGERPRINT) as store:
+        service = ScoringService(store, environment, no_bar)
+        environment.on_prompt = stop
+        with pytest.raises(RuntimeError):
+            service.retry_failed(queries, np.arange(5000), label="x")
+        assert store.counts()["superseded"] == 16  # Two batches have landed.
+        (row,) = store.read_rows("jobs", "WHERE state = 'todo'")
+        assert (row[3], row[4]) == (1, 24)
+
+
 def test_retried_answers_are_superseded(path):
     queries, pointers = prompts(50)
     failing = [(int(queries[3]), tuple(pointers[3].tolist()))]

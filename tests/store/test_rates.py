@@ -57,6 +57,19 @@ def test_opening_reads_no_more_of_a_large_file(tmp_path):
     assert large < small + 100_000
 
 
+def test_each_killed_driver_leaves_new_records_and_a_new_job(tmp_path):
+    path = tmp_path / "store"
+    benchmark.fill(path, 1000)
+    for i in range(3):
+        benchmark.killed_open_seconds(path, first=5 * i, batches=5)
+        with Store.open(path, read_only=True) as store:
+            counts = store.counts()
+            assert counts["scores"] == 1000 + (i + 1) * 5 * 256
+            assert counts["duplicate_scores"] == 0
+            jobs = [(row[2], row[3], row[4]) for row in store.read_rows("jobs")]
+            assert jobs == [("todo", 1, 256)] * (i + 1)
+
+
 @pytest.mark.slow
 def test_the_benchmark_writes_what_it_found(tmp_path):
     out = tmp_path / "store.json"
