@@ -42,7 +42,9 @@ DROP_FAILED = flags.DEFINE_bool(
     "filter: leave out what is eval_failed, and all that was proposed to the queries where it was, "
     "so that a run mines these again and asks for what failed.",
 )
-PARTS = flags.DEFINE_integer("parts", None, "split: how many stores.", lower_bound=2)
+PARTS = flags.DEFINE_integer(
+    "parts", None, "split: how many stores.", lower_bound=2, upper_bound=256
+)
 LIKE = flags.DEFINE_string(
     "like", None, "salvage: a store of the same settings, for a file that lost its fingerprint."
 )
@@ -126,6 +128,9 @@ def _verify(path: pathlib.Path) -> int:
 
 
 def _merge(*paths: pathlib.Path) -> None:
+    for path in paths:
+        if [each.resolve() for each in paths].count(path.resolve()) > 1:
+            raise InputError(f"merge: {path} is named twice; give each store once")
     merged = merge_stores(list(paths), _out())
     note(
         f"{OUT.value}: {merged.counts['scores']:,} scores and {merged.counts['answers']:,} answers "
@@ -210,6 +215,8 @@ def _query_ids(path: str) -> list[int]:
     for number, word in enumerate(lines, start=1):
         if not word.isdecimal():
             raise InputError(f"--queries={path}, entry {number}: {word!r} is not a query id")
+    if not lines:
+        raise InputError(f"--queries={path} names no query, so nothing would be kept")
     return list(map(int, lines))
 
 

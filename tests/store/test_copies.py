@@ -334,6 +334,8 @@ WRONG = {
     "filter --out=b --queries=c a": "--queries=c cannot be read",
     "salvage --out=none/b a": "--out=none/b is in a folder that does not exist",
     "info --drop_failed a": "--drop_failed is not for info",
+    "merge --out=b a ./a": "merge: a is named twice; give each store once",
+    "filter --out=b --queries=/dev/null a": "--queries=/dev/null names no query",
 }
 
 DRIVER = """
