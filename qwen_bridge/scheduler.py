@@ -211,7 +211,7 @@ class Scheduler:
         for seat in self.seats:
             seat.worker = self._engine.start(seat.index, self._settings)
         enough = any if self._engine.elastic else all
-        while not enough(seat.worker and seat.worker.hello for seat in self.seats):
+        while not enough(seat.worker and seat.worker.hello for seat in self._open()):
             self._restart_due()
             self._collect(self._patience())
 
@@ -320,13 +320,12 @@ class Scheduler:
         elsewhere = usable.difference(job.ended_in) or usable.difference(job.ended_in[-1:])
         return seat.index in elsewhere or not elsewhere
 
+    def _open(self) -> list[Seat]:
+        return [seat for seat in self.seats if not seat.closed]
+
     def _usable(self) -> list[Seat]:
         """Open seats, without those whose worker waits for a place, perhaps for ever."""
-        return [
-            seat
-            for seat in self.seats
-            if not seat.closed and (seat.worker is None or seat.worker.placed)
-        ]
+        return [seat for seat in self._open() if seat.worker is None or seat.worker.placed]
 
     def _send(self, seat: Seat, job: Job) -> None:
         worker, call = seat.worker, job.call
@@ -401,8 +400,7 @@ class Scheduler:
 
     def _check_placed(self, now: float) -> None:
         """A worker without a place may wait for ever, but not where no other one works."""
-        open_ = [seat for seat in self.seats if not seat.closed]
-        if any(seat.worker is None or seat.worker.placed for seat in open_):
+        if self._usable():
             self._placed_at = now
         elif now > self._placed_at + self._startup_s:
             raise WorkerError(
@@ -658,7 +656,7 @@ class Scheduler:
             self.stats["restarts"] += 1
             return
         why = f"{seat.deaths} workers in a row ended without one result; the last one {why}"
-        if sum(not other.closed for other in self.seats) == 1:
+        if len(self._open()) == 1:
             raise WorkerError(why)
         seat.closed = True
         self.stats["workers_closed"] += 1

@@ -126,6 +126,28 @@ def test_workers_that_are_not_the_same_from_the_start_are_an_error():
         Environment({}, engine=engine)
 
 
+def test_a_place_that_is_closed_during_the_start_is_not_waited_for():
+    """Its worker says hello and ends before the other one is ready."""
+
+    class Uneven(Elastic):
+        elastic = False
+
+        def start(self, index, settings):
+            worker = super().start(index, settings)
+            if index == 0:
+                worker.dies_at = 0.5
+            else:
+                worker._replies[0] = (1.0, worker._replies[0][1])
+            self.schedule(worker, 0.5 + 0.5 * index)
+            return worker
+
+    engine = Uneven(places=2)
+    with Environment({}, engine=engine, max_restarts=0) as env:
+        assert [seat.closed for seat in env._scheduler.seats] == [True, False]
+        check(env, engine)
+        assert sorted(engine.served) == [1]
+
+
 @pytest.mark.parametrize("size", [1, 8, 64])
 @pytest.mark.parametrize(("places", "broken"), [(2, {0}), (2, {1}), (3, {0, 2})])
 def test_broken_places_are_closed_and_convict_no_batch(places, broken, size):
