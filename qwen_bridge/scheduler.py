@@ -245,6 +245,7 @@ class Scheduler:
                     yield self._landed.popleft()
                 if self._stopped and not self._landed and not self._at_work():
                     raise self._stopped
+                self._raise_error()  # A worker may have ended on what it was to be sent.
                 if call.unsettled:
                     self._collect(0.0 if self._landed else self._patience())
         finally:
@@ -394,6 +395,9 @@ class Scheduler:
                 worker.dump_stack()
                 doing = "answer" if worker.hello else "start"
                 self._replace(seat, f"did not {doing} within {allowed:g} s", grace_s=0.0)
+        self._raise_error()
+
+    def _raise_error(self) -> None:
         if self._error is not None:
             error, self._error = self._error, None
             raise error
@@ -571,8 +575,8 @@ class Scheduler:
                 if not call.unsettled:
                     self._believe()
                 return
+            # Not cleared: until a result lands no prompt is to blame, in a later call neither.
             count = len(self._in_vain)
-            self._in_vain.clear()
             error = kind(f"{call.verb} failed for {count} queries in a row, the last with {why}")
         if detail:
             error.add_note(detail)
