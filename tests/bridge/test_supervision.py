@@ -10,7 +10,8 @@ import pytest
 from faults.injection import hashed
 
 from qwen_bridge import scheduler
-from qwen_bridge.channel import PeerGone
+from qwen_bridge.channel import Channel, PeerGone
+from qwen_bridge.messages import Settings
 from qwen_bridge.scheduler import ScorerError, WorkerError
 from qwen_bridge.worker_process import WorkerProcess
 
@@ -163,6 +164,16 @@ def after(seconds, *numbers):
             os.kill(os.getpid(), number)
 
     threading.Thread(target=send, daemon=True).start()
+
+
+@pytest.mark.parametrize(("owner", "name"), [(Channel, "pair"), (WorkerProcess, "_start")])
+def test_a_failed_start_leaves_nothing(nothing_left, monkeypatch, owner, name):
+    def refuse(*args):
+        raise OSError(24, "Too many open files")
+
+    monkeypatch.setattr(owner, name, refuse)
+    with pytest.raises(OSError, match="Too many open files"):
+        WorkerProcess(Settings("trivial_scorer:build", {}, 2, 4096), {})
 
 
 @pytest.mark.parametrize("in_callback", [False, True])
