@@ -86,6 +86,9 @@ class Interrupts:
             self._deliver(self._handlers, frame)
 
     def _deliver(self, handlers: dict, frame=None) -> None:
-        while self._pending:
-            number = self._pending.pop(0)
-            handlers[number](number, frame)
+        try:
+            while self._pending:
+                number = self._pending.pop(0)
+                handlers[number](number, frame)
+        finally:
+            self._pending.clear()  # What is left would hit a later call.

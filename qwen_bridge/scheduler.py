@@ -3,9 +3,10 @@
 A batch belongs to a *seat*, the place of one worker, whoever sits there. Each seat has a queue;
 a seat whose queue is empty takes from the end of the longest other one. A worker that dies, hangs
 or answers nonsense is replaced, and its batches are sent again. The batch it was working on is
-under suspicion and goes to another seat, if there is one: the machine may be at fault. After
-`KILLS` such ends it is convicted: it is halved, and each half again at its next, down to the
-prompt that does it, which must do it twice and is then given up with its reason.
+under suspicion and goes to another seat, if there is one, and to no seat that it has been in: the
+machine may be at fault. After `KILLS` such ends it is convicted: it is halved, and each half again
+at its next, down to the prompt that does it, which must do it twice and is then given up with its
+reason.
 
 A batch in hand is decided by exactly one of:
 
@@ -19,7 +20,8 @@ A batch in hand is decided by exactly one of:
 
 Two limits tell a hard prompt from a broken machine and from a bug. A seat whose worker ends more
 than `max_restarts` times in a row, without a result or a conviction, is closed, and the call fails
-with the last one. And where the prompts of more than `IN_VAIN` queries in a row are given up, with
+with the last one; a conviction counts if the batch ended workers in two seats, or if there is but
+one. And where the prompts of more than `IN_VAIN` queries in a row are given up, with
 no result between them, the call fails too: `ScorerError` if the scorer raised an exception, else
 `WorkerError`. Prompts are handed out as given up only once a result, or the end of the call, shows
 that this is not so; those of a call that fails are open as if they had never been tried.
@@ -105,13 +107,24 @@ class Call:
 
 @dataclass(eq=False)
 class Job:
-    """A batch on its way: which rows of which call, and what it has been through."""
+    """A batch on its way: which rows of which call, and what it has been through.
+
+    Attributes:
+      number: its own in all calls of a scheduler.
+      call: to which it belongs.
+      rows: of the call's arrays.
+      home: index of the seat in whose queue it waits.
+      kills: workers that it ended, or as good as.
+      ended_in: indices of the seats where it, or what it was cut from, ended them, in order.
+      tries: times that the scorer raised an exception.
+    """
 
     number: int
     call: Call
     rows: np.ndarray
     home: int
     kills: int = 0
+    ended_in: tuple[int, ...] = ()
     tries: int = 0
 
 
@@ -198,7 +211,7 @@ class Scheduler:
         for seat in self.seats:
             seat.worker = self._engine.start(seat.index, self._settings)
         enough = any if self._engine.elastic else all
-        while not enough(seat.worker and seat.worker.hello for seat in self.seats):
+        while not enough(seat.worker and seat.worker.hello for seat in self._open()):
             self._restart_due()
             self._collect(self._patience())
 
@@ -232,6 +245,7 @@ class Scheduler:
                     yield self._landed.popleft()
                 if self._stopped and not self._landed and not self._at_work():
                     raise self._stopped
+                self._raise_error()  # A worker may have ended on what it was to be sent.
                 if call.unsettled:
                     self._collect(0.0 if self._landed else self._patience())
         finally:
@@ -276,15 +290,43 @@ class Scheduler:
                 return
             open_jobs = waiting + sum(len(seat.worker.in_flight) for seat in ready)
             depth = math.ceil(open_jobs / len(ready))
-            seat = min(ready, key=lambda seat: len(seat.worker.in_flight))
-            if len(seat.worker.in_flight) >= depth or not seat.worker.slots.num_free:
+            for seat in sorted(ready, key=lambda seat: len(seat.worker.in_flight)):
+                if len(seat.worker.in_flight) >= depth or not seat.worker.slots.num_free:
+                    return
+                if job := self._next_job(call, seat):
+                    self._send(seat, job)
+                    break
+            else:
                 return
-            self._send(seat, self._next_job(call, seat.index))
 
-    def _next_job(self, call: Call, index: int) -> Job:
-        if call.queues[index]:
-            return call.queues[index].popleft()
-        return max(call.queues, key=len).pop()
+    def _next_job(self, call: Call, seat: Seat) -> Job | None:
+        """Takes the first job of the seat's queue, or else the last of the longest, that it may."""
+        own = call.queues[seat.index]
+        for place, job in enumerate(own):
+            if self._may_have(seat, job):
+                del own[place]
+                return job
+        for queue in sorted(call.queues, key=len, reverse=True):
+            for place, job in enumerate(reversed(queue), 1):
+                if self._may_have(seat, job):
+                    del queue[-place]
+                    return job
+        return None
+
+    def _may_have(self, seat: Seat, job: Job) -> bool:
+        """Not where it ended a worker, if it was not everywhere yet; never there twice running."""
+        if not job.ended_in:
+            return True
+        usable = {other.index for other in self._usable()}
+        elsewhere = usable.difference(job.ended_in) or usable.difference(job.ended_in[-1:])
+        return seat.index in elsewhere or not elsewhere
+
+    def _open(self) -> list[Seat]:
+        return [seat for seat in self.seats if not seat.closed]
+
+    def _usable(self) -> list[Seat]:
+        """Open seats, without those whose worker waits for a place, perhaps for ever."""
+        return [seat for seat in self._open() if seat.worker is None or seat.worker.placed]
 
     def _send(self, seat: Seat, job: Job) -> None:
         worker, call = seat.worker, job.call
@@ -353,14 +395,16 @@ class Scheduler:
                 worker.dump_stack()
                 doing = "answer" if worker.hello else "start"
                 self._replace(seat, f"did not {doing} within {allowed:g} s", grace_s=0.0)
+        self._raise_error()
+
+    def _raise_error(self) -> None:
         if self._error is not None:
             error, self._error = self._error, None
             raise error
 
     def _check_placed(self, now: float) -> None:
         """A worker without a place may wait for ever, but not where no other one works."""
-        open_ = [seat for seat in self.seats if not seat.closed]
-        if any(seat.worker is None or seat.worker.placed for seat in open_):
+        if self._usable():
             self._placed_at = now
         elif now > self._placed_at + self._startup_s:
             raise WorkerError(
@@ -531,8 +575,8 @@ class Scheduler:
                 if not call.unsettled:
                     self._believe()
                 return
+            # Not cleared: until a result lands no prompt is to blame, in a later call neither.
             count = len(self._in_vain)
-            self._in_vain.clear()
             error = kind(f"{call.verb} failed for {count} queries in a row, the last with {why}")
         if detail:
             error.add_note(detail)
@@ -553,13 +597,15 @@ class Scheduler:
         """Cuts a job in two, each as if it had ended so many workers."""
         middle = len(job.rows) // 2
         for rows in (job.rows[middle:], job.rows[:middle]):
-            half = Job(next(self._numbers), job.call, rows, job.home, kills=kills)
+            number = next(self._numbers)
+            half = Job(number, job.call, rows, job.home, kills=kills, ended_in=job.ended_in)
             self._queue_first(half)
 
     def _suspect(self, job: Job, seat: Seat, why: str) -> bool:
-        """A worker ended while it was at this job; returns whether the job is convicted."""
+        """A worker ended while it was at this job; returns whether that explains it."""
         job.kills += 1
-        job.home = self._another(seat)
+        job.ended_in += (seat.index,)
+        job.home = self._another(seat, job)
         if job.kills < KILLS:
             self._queue_first(job)
             return False
@@ -569,12 +615,13 @@ class Scheduler:
         else:
             last = f"worker died on this prompt again and again, last: it {why}"
             self._give_up(job, last, WorkerError)
-        return True
+        return len(set(job.ended_in)) > 1 or len(self._usable()) == 1
 
-    def _another(self, seat: Seat) -> int:
-        """The next open seat after this one; itself where there is no other."""
+    def _another(self, seat: Seat, job: Job) -> int:
+        """The next seat after this one that may have the job; itself where there is no other."""
         after = self.seats[seat.index + 1 :] + self.seats[: seat.index + 1]
-        return next((other.index for other in after if not other.closed), seat.index)
+        fit = (o.index for o in after if not o.closed and self._may_have(o, job))
+        return next(fit, seat.index)
 
     def _replace(
         self, seat: Seat, why: str, *, grace_s: float = _EXIT_GRACE_S, detail: str = ""
@@ -613,7 +660,7 @@ class Scheduler:
             self.stats["restarts"] += 1
             return
         why = f"{seat.deaths} workers in a row ended without one result; the last one {why}"
-        if sum(not other.closed for other in self.seats) == 1:
+        if len(self._open()) == 1:
             raise WorkerError(why)
         seat.closed = True
         self.stats["workers_closed"] += 1

@@ -86,16 +86,16 @@ class WorkerProcess:
         self.slots = SlotTable(settings.slots)
         body = encode(settings)
         self.arena = Arena.create(settings.slots, settings.slot_bytes)
-        self.channel, theirs = Channel.pair()
-        try:
-            self._process = self._start(theirs.fileno(), variables)
-        except BaseException:
-            self.channel.close()
-            self.arena.close()
-            raise
-        finally:
-            theirs.close()
-            self.arena.release_fd()
+        with contextlib.ExitStack() as on_failure:
+            on_failure.callback(self.arena.close)
+            try:
+                self.channel, theirs = Channel.pair()
+                on_failure.callback(self.channel.close)
+                with contextlib.closing(theirs):
+                    self._process = self._start(theirs.fileno(), variables)
+            finally:
+                self.arena.release_fd()
+            on_failure.pop_all()
         self.pid = self._process.pid
         with contextlib.suppress(PeerGone, DeadlineExceeded):  # It shows when we first read.
             self.channel.send(body, _SEND_S)

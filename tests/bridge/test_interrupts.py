@@ -27,6 +27,20 @@ def test_held_until_the_end():
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
+def test_a_second_one_that_was_held_does_not_hit_a_later_call():
+    interrupts = Interrupts()
+
+    def work():
+        with interrupts.held():
+            interrupt()
+            interrupt()
+
+    with pytest.raises(KeyboardInterrupt):
+        work()
+    with interrupts.held(), interrupts.allowed():
+        pass
+
+
 def test_held_until_allowed():
     steps = []
 

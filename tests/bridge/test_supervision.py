@@ -10,6 +10,8 @@ import pytest
 from faults.injection import hashed
 
 from qwen_bridge import scheduler
+from qwen_bridge.channel import Channel, PeerGone
+from qwen_bridge.messages import Settings
 from qwen_bridge.scheduler import ScorerError, WorkerError
 from qwen_bridge.worker_process import WorkerProcess
 
@@ -51,8 +53,24 @@ def test_a_bug_ends_the_run_and_nothing_is_recorded(environment):
     assert "injection.py" in caught.value.__notes__[0]
     assert landed == []
     assert env.stats["restarts"] == 0
-    with pytest.raises(ScorerError):  # The count begins anew, and the environment is whole.
-        env.score(QUERIES, POINTERS, batch_size=32)
+    with pytest.raises(ScorerError):  # No result came, so a single prompt is not to blame either.
+        env.score(QUERIES[:1], POINTERS[:1])
+
+
+def test_an_error_while_a_batch_is_sent_ends_the_call_at_once(environment, monkeypatch):
+    env = environment({}, backoff_s=30.0)
+
+    def gone(*args):
+        raise PeerGone("it ended")
+
+    def patience():
+        raise AssertionError("it waits")
+
+    monkeypatch.setattr(scheduler, "KILLS", 1)
+    monkeypatch.setattr(WorkerProcess, "send", gone)
+    monkeypatch.setattr(env._scheduler, "_patience", patience)
+    with pytest.raises(WorkerError, match="query id 5 could not be embedded"):
+        env.embed("query", np.array([5]))
 
 
 def test_workers_that_end_on_everything_end_the_run_and_nothing_is_recorded(environment):
@@ -146,6 +164,16 @@ def after(seconds, *numbers):
             os.kill(os.getpid(), number)
 
     threading.Thread(target=send, daemon=True).start()
+
+
+@pytest.mark.parametrize(("owner", "name"), [(Channel, "pair"), (WorkerProcess, "_start")])
+def test_a_failed_start_leaves_nothing(nothing_left, monkeypatch, owner, name):
+    def refuse(*args):
+        raise OSError(24, "Too many open files")
+
+    monkeypatch.setattr(owner, name, refuse)
+    with pytest.raises(OSError, match="Too many open files"):
+        WorkerProcess(Settings("trivial_scorer:build", {}, 2, 4096), {})
 
 
 @pytest.mark.parametrize("in_callback", [False, True])
