@@ -317,7 +317,7 @@ def test_workers_that_never_answer_end_the_call(environment):
         ({"build": "raise"}, {}, WorkerError, "could not start: KeyError"),
         ({"build": "exit"}, {}, WorkerError, r"worker 0 died \(exit code 7\)"),
         ({"build": "hang"}, {"startup_s": 1.0}, WorkerError, "did not start within 1 s"),
-        ({}, {"factory": "os:system"}, WorkerError, "factory 'os:system'"),
+        ({}, {"factory": "os:system"}, InputError, "--factory=os:system is neither in"),
         ({}, {"factory": "trivial_scorer:build_unlike", "workers": 2}, WorkerError, "model was"),
         ({"embedding_dim": 2000}, {"slot_bytes": 4096}, InputError, "4096 cannot hold one embed"),
         ({"x": object()}, {}, InputError, "settings"),
