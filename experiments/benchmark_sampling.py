@@ -11,6 +11,7 @@ queries and nothing else, so it is measured on `--loop_queries` of them and scal
 """
 
 import functools
+import importlib.util
 import itertools
 import shutil
 
@@ -48,6 +49,8 @@ def main() -> None:
     """Checks, times, prints, writes and draws."""
     check_out(_OUT.value)
     check_out(_PLOT.value, "plot")
+    if _PLOT.value and not importlib.util.find_spec("matplotlib"):
+        raise InputError("--plot needs matplotlib; pip install 'lever[benchmark]'")
     one_thread()
     from experiments import sampling_cell
 
@@ -144,14 +147,17 @@ def _show(cell: dict) -> None:
 
 def _plot(cells: list[dict], path: str) -> None:
     """Pointers a second of ours and of each competitor, one bar group a cell."""
-    try:
-        import matplotlib
-    except ImportError:
-        raise InputError("--plot needs matplotlib; pip install 'lever[benchmark]'") from None
+    import matplotlib
+
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    names = ("ours", "compiled", "eager", "loop")
+    names = {
+        "ours": "JAX, ours",
+        "compiled": "PyTorch, batched, compiled",
+        "eager": "PyTorch, batched, eager",
+        "loop": "PyTorch, a query at a time",
+    }
     figure, axes = pyplot.subplots(figsize=(2 + 1.2 * len(cells), 4), layout="constrained")
     for place, name in enumerate(names):
         shown = [(i, c) for i, c in enumerate(cells) if name in c["seconds"]]
@@ -159,7 +165,7 @@ def _plot(cells: list[dict], path: str) -> None:
             c["B"] * c["G"] / sorted(c["seconds"][name])[len(c["seconds"][name]) // 2]
             for _, c in shown
         ]
-        axes.bar([i + 0.2 * place for i, _ in shown], rates, 0.2, label=name)
+        axes.bar([i + 0.2 * place for i, _ in shown], rates, 0.2, label=names[name])
     labels = [f"{c['method']}\nB={c['B']} K={c['K']}\nS={c['S']} G={c['G']}" for c in cells]
     axes.set_xticks([i + 0.3 for i in range(len(cells))], labels)
     axes.set(yscale="log", ylabel="pointers a second")
