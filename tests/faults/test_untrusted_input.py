@@ -18,7 +18,7 @@ ROOT = Path(__file__).parents[2]
 PACKAGES = ("lever_jax", "qwen_bridge", "experiments")
 # Readers that run what they read, and switches that make readers do so.
 RUNS_CODE = re.compile(
-    r"\b(import|from)\s+(pickle|cPickle|_pickle|dill|cloudpickle|joblib|shelve|marshal|yaml)\b"
+    r"\b(import|from)\s+([\w.]+\s*,\s*)*(pickle|cPickle|_pickle|dill|cloudpickle|joblib|shelve|marshal|yaml)\b"
     r"|\btorch\s*\.\s*load\b|\b(np|numpy|jnp)\s*\.\s*load\b|\bread_pickle\b|\bload_pickle\b"
     r"|allow_pickle\s*=\s*True|trust_remote_code\s*=\s*True|weights_only\s*=\s*False"
     r"|use_safetensors\s*=\s*(False|None)|(?<![.\w])(eval|exec|compile)\s*\("
@@ -26,7 +26,8 @@ RUNS_CODE = re.compile(
 )
 # Servers that would listen, and addresses of any machine.
 LISTENS = re.compile(
-    r"\.\s*listen\s*\(|\.\s*bind\s*\(|AF_INET|0\.0\.0\.0|\bimport\s+(http\.server|socketserver)\b"
+    r"\.\s*listen\s*\(|\.\s*bind\s*\(|AF_INET"
+    r"|\b(import|from)\s+([\w.]+\s*,\s*)*(http\.server|socketserver)\b"
 )
 
 
@@ -56,17 +57,30 @@ def test_no_reader_that_runs_what_it_reads():
 
 def test_nothing_listens():
     assert found(LISTENS) == []
+    sources = [path for package in PACKAGES for path in (ROOT / package).rglob("*.py")]
+    assert not [path for path in sources if "0.0.0.0" in path.read_text()]
 
 
 @pytest.mark.parametrize(
-    "line",
-    ["import pickle", "x = torch.load(f)", "np.load(f)", "f(trust_remote_code=True)", "eval(x)"],
+    ("pattern", "line"),
+    [
+        (RUNS_CODE, "import pickle"),
+        (RUNS_CODE, "import os, pickle"),
+        (RUNS_CODE, "x = torch.load(f)"),
+        (RUNS_CODE, "np.load(f)"),
+        (RUNS_CODE, "f(trust_remote_code=True)"),
+        (RUNS_CODE, "eval(x)"),
+        (LISTENS, "s.bind(a)"),
+        (LISTENS, "import http.server"),
+        (LISTENS, "from http.server import HTTPServer"),
+        (LISTENS, "socket.socket(socket.AF_INET)"),
+    ],
 )
-def test_the_search_finds_what_it_looks_for(tmp_path, line, monkeypatch):
+def test_the_search_finds_what_it_looks_for(tmp_path, pattern, line, monkeypatch):
     (tmp_path / "lever_jax").mkdir()
     (tmp_path / "lever_jax" / "bad.py").write_text(f"# torch.load(f)\n{line}\n")
     monkeypatch.setattr("test_untrusted_input.ROOT", tmp_path)
-    assert len(found(RUNS_CODE)) == 1
+    assert len(found(pattern)) == 1
 
 
 class Bomb:
