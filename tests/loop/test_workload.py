@@ -39,6 +39,8 @@ def run_config(shots, **changes):
 class RandomProposer:
     """Draws pointers evenly, as the counts do not depend on who draws; nothing is compiled."""
 
+    stops = False
+
     def __init__(self, pool):
         self._pool, self._rng = pool, np.random.default_rng(0)
 
