@@ -74,8 +74,10 @@ class StoreFile:
             raise
 
     def _set_up(self, fingerprint: dict[str, str] | None, read_only: bool) -> None:
-        if not (schema.is_empty(self._db) and not read_only):
+        if not schema.is_empty(self._db):
             schema.check_ours(self._db, self.path)
+        elif read_only:
+            raise StoreError(f"{self.path} holds nothing yet; run what was to fill it again")
         elif fingerprint is None:
             raise ValueError(f"{self.path} is new: a new store needs a fingerprint")
         schema.configure(self._db, read_only=read_only)

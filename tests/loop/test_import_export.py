@@ -95,7 +95,7 @@ def content_of(folder):
         scored = [i for i, record in enumerate(records) if record is not None]
         assert 0 < len(scored) < len(records) or folder.name != "run"
         ids = np.unique(proposals.query_ids)
-        assert store.verify() == []
+        assert all(problem.endswith("has no score") for problem in store.verify())
         return {
             "scores": list(store.iter_scores()),
             "proposals": [

@@ -188,7 +188,7 @@ def test_a_checkpoint_of_another_architecture_is_refused(trained):
     bad = run("evaluate", f"--workdir={workdir}", "--width=32")
     assert bad.returncode == 2
     assert "Traceback" not in bad.stderr
-    assert "shape" in bad.stderr.strip().splitlines()[-1]
+    assert "holds a selector with width=64, not width=32" in bad.stderr.strip().splitlines()[-1]
 
 
 def test_another_pool_in_the_same_workdir_is_refused_and_nothing_is_lost(trained):

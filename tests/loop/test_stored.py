@@ -80,6 +80,7 @@ def session_of(world, workdir):
         store=world.store,
         environment=world.environment,
         workdir=workdir,
+        policy=types.SimpleNamespace(stops=False),
     )
 
 
