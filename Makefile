@@ -13,7 +13,7 @@ train: .venv/installed
 test: .venv/installed-test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest --numprocesses=2 --dist=loadfile
 
 test-slow: .venv/installed-test
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m slow

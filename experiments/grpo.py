@@ -93,24 +93,30 @@ def _in_turn(rounds: "_Rounds") -> None:
 
 
 def _overlapped(rounds: "_Rounds") -> None:
-    """Trains on the round before, and draws the next, while a round is judged."""
+    """Judges a round while another thread trains on the one before and draws the one after.
+
+    The second round is drawn before the step is compiled, so that the VLM has two rounds to judge
+    in the meantime.
+    """
     if rounds.first == len(rounds):
         return
 
-    def meanwhile(judged: _Judged | None, following: int) -> _Drawn | None:
-        if judged is None:
-            rounds.compile_step()
-        else:
-            rounds.train(judged)
-        return rounds.draw_ahead(following) if following < len(rounds) else None
+    def train_and_draw(judged: _Judged) -> _Drawn | None:
+        rounds.train(judged)
+        return rounds.draw_ahead(judged.number + 2)
 
-    drawn, judged = rounds.draw_due(rounds.first), None
-    with concurrent.futures.ThreadPoolExecutor(1, "training") as thread:
+    thread = concurrent.futures.ThreadPoolExecutor(1, "training")
+    try:
+        drawn = rounds.draw_due(rounds.first)
+        following = thread.submit(rounds.draw_ahead, rounds.first + 1)
+        thread.submit(rounds.compile_step)  # What goes wrong there goes wrong in `train`, too.
         for number in range(rounds.first, len(rounds)):
-            work = thread.submit(meanwhile, judged, number + 1)
-            judged = rounds.judge(number, drawn, work)
-            drawn = work.result()
-    rounds.train(judged)
+            judged = rounds.judge(number, drawn)
+            before, following = following, thread.submit(train_and_draw, judged)
+            drawn = before.result()
+        following.result()
+    finally:
+        thread.shutdown(cancel_futures=True)
 
 
 class _Rounds:
@@ -173,14 +179,12 @@ class _Rounds:
         """Draws round `number`, the next to be trained on."""
         return self._draw(number, self._behaviour)
 
-    def draw_ahead(self, number: int) -> _Drawn:
-        """Draws round `number`, which follows the next, from the present policy."""
-        return self._draw(number, self.state.params)
+    def draw_ahead(self, number: int) -> _Drawn | None:
+        """Draws the round after next from the present policy; None where there is none."""
+        return self._draw(number, self.state.params) if number < len(self) else None
 
-    def judge(
-        self, number: int, drawn: _Drawn, meanwhile: concurrent.futures.Future | None = None
-    ) -> _Judged:
-        """Has the VLM judge a round; then waits for what JAX does meanwhile."""
+    def judge(self, number: int, drawn: _Drawn) -> _Judged:
+        """Has the VLM judge a round."""
         session = self._session
         self._shares.begin()
         groups, scores = judge(
@@ -199,8 +203,6 @@ class _Rounds:
                 "sample_accuracy": np.nanmean(scores["accuracy"]),
                 **known_picks(session, drawn.greedy, drawn.groups.rows),
             }
-        if meanwhile is not None:
-            meanwhile.result()
         return _Judged(number, groups, {**metrics, **self._shares.since_last()})
 
     def train(self, judged: _Judged) -> None:

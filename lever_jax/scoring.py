@@ -9,7 +9,7 @@ the batches in flight.
 import contextlib
 import dataclasses
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, Protocol
 
@@ -98,15 +98,15 @@ class ScoringService:
         """
         query_ids, pointers = np.asarray(query_ids), np.asarray(pointers)
         self.counts.asked += len(query_ids)
-        known = self.store.present(query_ids, pointers)
-        fresh = _distinct(query_ids, pointers, np.flatnonzero(~known))
+        records = self.store.get_scores(query_ids, pointers)
+        fresh = _Rows(query_ids, pointers, (i for i, one in enumerate(records) if one is None))
         if advance is not None:
             advance(len(query_ids) - len(fresh))
         if len(fresh):
             shown = contextlib.nullcontext(advance) if advance else self.progress(label, len(fresh))
             with shown as advance_fresh:
-                self._work("score", query_ids[fresh], pointers[fresh], advance_fresh)
-        return self.store.get_scores(query_ids, pointers)
+                fresh.fill(records, self._work("score", *fresh.prompts, advance_fresh))
+        return records
 
     def verify(self, query_ids, pointers, *, label: str) -> list[ScoreRecord]:
         """Stage B: the VLM's own answers to prompts; arguments and result as for `score`.
@@ -114,21 +114,15 @@ class ScoringService:
         Prompts whose answer stage A has certified are not generated again.
         """
         records = self.score(query_ids, pointers, label=label)
-        open_ = [
+        open_ = (
             row
             for row, record in enumerate(records)
             if not record.answered and record.eval_failed is None
-        ]
-        query_ids, pointers = np.asarray(query_ids), np.asarray(pointers)
-        fresh = _distinct(query_ids, pointers, np.array(open_, np.int64))
-        if not len(fresh):
-            return records
-        with self.progress(f"{label}: generate", len(fresh)) as advance:
-            self._work("answer", query_ids[fresh], pointers[fresh], advance)
-        # The VLM waits while this is read: what was known already is not read again.
-        answered = self.store.get_scores(query_ids[open_], pointers[open_])
-        for row, record in zip(open_, answered):
-            records[row] = record
+        )
+        fresh = _Rows(np.asarray(query_ids), np.asarray(pointers), open_)
+        if len(fresh):
+            with self.progress(f"{label}: generate", len(fresh)) as advance:
+                fresh.fill(records, self._work("answer", *fresh.prompts, advance))
         return records
 
     def retry_failed(self, query_ids, demo_ids, *, label: str) -> tuple[int, int]:
@@ -156,9 +150,16 @@ class ScoringService:
                 failed += sum(record.eval_failed is not None for record in records)
         return asked, failed
 
-    def _work(self, verb: str, query_ids, pointers, advance, *, retry: bool = False) -> None:
-        """Computes distinct prompts through the ledger and stores what comes back."""
+    def _work(
+        self, verb: str, query_ids, pointers, advance, *, retry: bool = False
+    ) -> list[ScoreRecord]:
+        """Computes distinct prompts through the ledger; stores what comes back and returns it.
+
+        The records are those in the store, without the time that reading them back would take,
+        in which the VLM has nothing to do.
+        """
         ask = getattr(self._environment, verb)
+        landed: list[ScoreRecord] = [None] * len(query_ids)
         put = self._put_scores if verb == "score" else self._put_answers
         for lease in self._ledger.leases(RETRY * retry + verb, query_ids, pointers):
             asked = query_ids[lease.rows], pointers[lease.rows]
@@ -166,7 +167,9 @@ class ScoringService:
             def land(rows, batch, lease=lease, asked=asked):
                 rows = np.asarray(rows)
                 with lease.landing(rows):
-                    put(asked[0][rows], asked[1][rows], batch, retry)
+                    records = put(asked[0][rows], asked[1][rows], batch, retry)
+                for place, record in zip(lease.rows[rows].tolist(), records):
+                    landed[place] = record
                 advance(len(rows))
 
             with lease:
@@ -174,8 +177,9 @@ class ScoringService:
                     land(range(len(lease.rows)), _GivenUp(lease.given_up))
                 else:
                     ask(*asked, on_batch=land)
+        return landed
 
-    def _put_scores(self, query_ids, pointers, batch, retry: bool) -> None:
+    def _put_scores(self, query_ids, pointers, batch, retry: bool) -> list[ScoreRecord]:
         records = []
         for row, (query_id, pointer) in enumerate(zip(query_ids, pointers)):
             record = ScoreRecord(int(query_id), _key(pointer))
@@ -196,8 +200,9 @@ class ScoringService:
             self.store.supersede("score", records)
         else:
             self.store.put_scores(records)
+        return records
 
-    def _put_answers(self, query_ids, pointers, batch, retry: bool) -> None:
+    def _put_answers(self, query_ids, pointers, batch, retry: bool) -> list[ScoreRecord]:
         records = self.store.get_scores(query_ids, pointers)
         for row, record in enumerate(records):
             record.eval_failed = None
@@ -210,6 +215,7 @@ class ScoringService:
             self.store.supersede("answer", records)
         else:
             self.store.put_answers(records)
+        return records
 
 
 class _GivenUp:
@@ -249,9 +255,25 @@ def _key(pointer) -> tuple[int, ...]:
     return tuple(int(i) for i in pointer if i >= 0)
 
 
-def _distinct(query_ids, pointers, rows) -> np.ndarray:
-    """The rows of each distinct prompt's first appearance."""
-    first: dict[tuple, int] = {}
-    for row in rows:
-        first.setdefault((int(query_ids[row]), _key(pointers[row])), int(row))
-    return np.fromiter(first.values(), np.int64, len(first))
+class _Rows:
+    """Some rows of a call, equal prompts among them taken together.
+
+    Attributes:
+      prompts: query ids [m] and pointers [m, S] of the distinct ones, in order of appearance.
+    """
+
+    def __init__(self, query_ids: np.ndarray, pointers: np.ndarray, rows: Iterable[int]):
+        self._same: dict[tuple, list[int]] = {}
+        for row in rows:
+            self._same.setdefault((int(query_ids[row]), _key(pointers[row])), []).append(row)
+        first = np.array([same[0] for same in self._same.values()], np.int64)
+        self.prompts = query_ids[first], pointers[first]
+
+    def __len__(self) -> int:
+        return len(self._same)
+
+    def fill(self, records: list[ScoreRecord | None], found: Sequence[ScoreRecord]) -> None:
+        """Puts the records of the distinct prompts into all their rows."""
+        for same, record in zip(self._same.values(), found, strict=True):
+            for row in same:
+                records[row] = record

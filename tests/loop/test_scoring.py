@@ -50,6 +50,19 @@ def test_how_an_answer_was_found_is_kept(make_world):
         assert record.prediction == ("right" if value >= 0.6 else "wrong")
 
 
+@pytest.mark.parametrize("stage", ["score", "verify"])
+def test_what_is_returned_is_what_is_in_the_store(make_world, stage):
+    """Some prompts are known, some answered, some twice in the call, some fail."""
+    world = make_world(environment=FakeEnvironment(failing={1003}))
+    queries, pointers = prompts(world, 90, 8)
+    assert len({key(q, p) for q, p in zip(queries, pointers)}) < 90
+    world.service.score(queries[:40], pointers[:40], label="x")
+    world.service.verify(queries[20:30], pointers[20:30], label="x")
+    records = getattr(world.service, stage)(queries, pointers, label="x")
+    assert any(record.eval_failed for record in records)
+    assert records == world.store.get_scores(queries, pointers)
+
+
 def test_a_failure_is_never_a_zero(make_world):
     world = make_world(environment=FakeEnvironment(failing={1003}))
     queries = np.array([1002, 1003, 1004])
