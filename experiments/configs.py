@@ -208,7 +208,8 @@ def engine() -> Engine:
     workers, threads = settings.WORKERS.value, settings.THREADS.value
     gpus, device = settings.GPUS_PER_WORKER.value, settings.DEVICE.value
     if settings.ENGINE.value == "local":
-        if settings.GPUS_PER_WORKER.present or settings.RAY_ADDRESS.present:
+        rays = (settings.GPUS_PER_WORKER, settings.RAY_ADDRESS)
+        if any(flag.value != flag.default for flag in rays):
             raise InputError("--ray_address and --gpus_per_worker need --engine=ray")
         return LocalEngine(fixed_workers(), threads)
     if re.fullmatch(r"cuda:\d+", device):

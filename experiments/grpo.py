@@ -95,8 +95,8 @@ def _in_turn(rounds: "_Rounds") -> None:
 def _overlapped(rounds: "_Rounds") -> None:
     """Judges a round while another thread trains on the one before and draws the one after.
 
-    The second round is drawn before the step is compiled, so that the VLM has two rounds to judge
-    in the meantime.
+    The policy that the run starts from draws two rounds, so the VLM has both to judge while the
+    step is compiled.
     """
     if rounds.first == len(rounds):
         return
@@ -107,14 +107,15 @@ def _overlapped(rounds: "_Rounds") -> None:
 
     thread = concurrent.futures.ThreadPoolExecutor(1, "training")
     try:
-        drawn = rounds.draw_due(rounds.first)
-        following = thread.submit(rounds.draw_ahead, rounds.first + 1)
         thread.submit(rounds.compile_step)  # What goes wrong there goes wrong in `train`, too.
+        drawn = [rounds.draw_due(rounds.first), rounds.draw_ahead(rounds.first + 1)]
+        work = None
         for number in range(rounds.first, len(rounds)):
-            judged = rounds.judge(number, drawn)
-            before, following = following, thread.submit(train_and_draw, judged)
-            drawn = before.result()
-        following.result()
+            judged = rounds.judge(number, drawn.pop(0))
+            if work is not None:
+                drawn.append(work.result())
+            work = thread.submit(train_and_draw, judged)
+        work.result()
     finally:
         thread.shutdown(cancel_futures=True)
 

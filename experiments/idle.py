@@ -1,6 +1,7 @@
 """How long the two sides of a run, the VLM's workers and JAX, had nothing to do."""
 
 import contextlib
+import threading
 import time
 from collections.abc import Iterator
 from typing import NamedTuple
@@ -16,17 +17,25 @@ class IdleShares:
     """
 
     def __init__(self, environment: Environment):
-        self._environment, self._jax_s = environment, 0.0
+        self._environment = environment
+        self._lock, self._inside = threading.Lock(), 0
+        self._jax_s = self._entered = 0.0
         self._start = self._last = None
 
     @contextlib.contextmanager
     def jax_busy(self) -> Iterator[None]:
-        """Counts the time of the block as JAX's; one thread at a time."""
-        start = time.monotonic()
+        """Counts the time of the block as JAX's, once where threads are in it together."""
+        with self._lock:
+            if not self._inside:
+                self._entered = time.monotonic()
+            self._inside += 1
         try:
             yield
         finally:
-            self._jax_s += time.monotonic() - start
+            with self._lock:
+                self._inside -= 1
+                if not self._inside:
+                    self._jax_s += time.monotonic() - self._entered
 
     def begin(self) -> None:
         """Time counts from the first call on: before it nobody could have worked."""
@@ -45,7 +54,10 @@ class IdleShares:
 
     def _now(self) -> "_Clocks":
         busy = self._environment.stats["busy_s"]
-        return _Clocks(time.monotonic(), sum(busy) / len(busy), self._jax_s)
+        with self._lock:
+            now = time.monotonic()
+            jax_s = self._jax_s + (now - self._entered if self._inside else 0.0)
+        return _Clocks(now, sum(busy) / len(busy), jax_s)
 
 
 class _Clocks(NamedTuple):

@@ -111,7 +111,8 @@ def test_nothing_was_scored_twice_and_the_store_is_sound(trained):
 def test_a_second_run_resumes_and_scores_nothing(trained):
     workdir, flags, _ = trained
     before = json.loads((workdir / "eval.json").read_text())
-    again = run("train", *flags)
+    # As the README says, the file repeats the run.
+    again = run("train", f"--flagfile={workdir / 'flags.txt'}")
     assert again.returncode == 0, again.stderr
     for phase in ("warmup", "rce", "grpo"):
         assert f"{phase} was finished earlier" in again.stdout
