@@ -8,7 +8,7 @@ from absl import app, flags
 
 from lever_jax.errors import InputError as PolicyInputError
 from qwen_bridge.errors import InputError as BridgeInputError
-from qwen_bridge.scheduler import ScorerError, WorkerError
+from qwen_bridge.errors import ScorerError, WorkerError
 
 FAILED, BAD_INPUT, INTERRUPTED = 1, 2, 130
 

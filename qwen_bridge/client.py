@@ -26,6 +26,7 @@ from qwen_bridge.batching import (
 from qwen_bridge.engine import Engine, LocalEngine
 from qwen_bridge.errors import InputError, check_within
 from qwen_bridge.interrupts import Interrupts
+from qwen_bridge.jobs import Call
 from qwen_bridge.messages import MAX_SLOT_BYTES, MAX_SLOTS, MIN_SLOT_BYTES, Settings, decode, encode
 from qwen_bridge.protocol import (
     KINDS,
@@ -37,7 +38,8 @@ from qwen_bridge.protocol import (
     check_prompts,
     rows_that_fit,
 )
-from qwen_bridge.scheduler import Call, Scheduler, Seat, close_seats
+from qwen_bridge.scheduler import Scheduler
+from qwen_bridge.supervision import Seat, close_seats
 
 
 class Environment:
@@ -106,11 +108,11 @@ class Environment:
         self._scheduler = Scheduler(
             message,
             engine,
+            self._interrupts,
             deadline_s=deadline_s,
             startup_s=startup_s,
             max_restarts=max_restarts,
             backoff_s=backoff_s,
-            interrupts=self._interrupts,
         )
         seats = self._scheduler.seats
         self._finalizer = weakref.finalize(self, _close_in, os.getpid(), seats, engine)

@@ -9,8 +9,8 @@ import pytest
 from experiments.simulated_workers import SimulatedWorker, VirtualEngine
 from qwen_bridge.channel import PeerGone
 from qwen_bridge.client import Environment
+from qwen_bridge.errors import WorkerError
 from qwen_bridge.protocol import empty_score
-from qwen_bridge.scheduler import WorkerError
 
 QUERIES = np.repeat(np.arange(40), 8)
 POINTERS = np.random.default_rng(7).integers(0, 1000, (len(QUERIES), 2))

@@ -16,9 +16,8 @@ from leaks import alive, children, ports
 from worker_settings import SETTINGS
 
 from qwen_bridge.client import Environment
-from qwen_bridge.errors import InputError
+from qwen_bridge.errors import InputError, WorkerError
 from qwen_bridge.ray_cluster import LockedFolder, RayEngine, room
-from qwen_bridge.scheduler import WorkerError
 from qwen_bridge.vqa.sources import open_dataset
 
 ray = pytest.importorskip("ray", reason="needs Ray: pip install 'lever[ray]'")

@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 from faults.injection import hashed
 
-from qwen_bridge import scheduler
+from qwen_bridge import judgement
 from qwen_bridge.channel import Channel, PeerGone
+from qwen_bridge.errors import ScorerError, WorkerError
 from qwen_bridge.messages import Settings
-from qwen_bridge.scheduler import ScorerError, WorkerError
 from qwen_bridge.worker_process import WorkerProcess
 
 RNG = np.random.default_rng(1)
@@ -47,7 +47,7 @@ def test_a_query_that_raises_is_given_up_and_the_rest_is_scored(environment, wor
 def test_a_bug_ends_the_run_and_nothing_is_recorded(environment):
     env = environment({"faults": [{"fault": "raise"}]}, workers=2)
     landed = []
-    message = f"score failed for {scheduler.IN_VAIN + 1} queries in a row.*ZeroDivisionError"
+    message = f"score failed for {judgement.IN_VAIN + 1} queries in a row.*ZeroDivisionError"
     with pytest.raises(ScorerError, match=message) as caught:
         env.score(QUERIES, POINTERS, batch_size=32, on_batch=lambda *args: landed.append(args))
     assert "injection.py" in caught.value.__notes__[0]
@@ -66,7 +66,7 @@ def test_an_error_while_a_batch_is_sent_ends_the_call_at_once(environment, monke
     def patience():
         raise AssertionError("it waits")
 
-    monkeypatch.setattr(scheduler, "KILLS", 1)
+    monkeypatch.setattr(judgement, "KILLS", 1)
     monkeypatch.setattr(WorkerProcess, "send", gone)
     monkeypatch.setattr(env._scheduler, "_patience", patience)
     with pytest.raises(WorkerError, match="query id 5 could not be embedded"):
@@ -121,7 +121,7 @@ def test_a_place_where_every_worker_ends_is_closed_and_blames_no_prompt(environm
 
 
 def test_the_last_place_is_not_closed_but_ends_the_call(environment, monkeypatch):
-    monkeypatch.setattr(scheduler, "KILLS", 100)  # No batch is convicted.
+    monkeypatch.setattr(judgement, "KILLS", 100)  # No batch is convicted.
     faults = [{"fault": "crash_before"}]
     env = environment({"faults": faults}, workers=2, max_restarts=1)
     for _ in range(2):

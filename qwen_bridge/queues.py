@@ -1,0 +1,81 @@
+"""Which batch goes to whom: a queue for each seat, and who may take what from it.
+
+A batch waits in the queue of its home, the seat that its affinity prefers. A seat whose queue is
+empty takes from the end of the longest other one. A batch that has ended a worker is under
+suspicion and goes to another seat, if there is one, and to no seat that it has been in before it
+has been in all of them: the machine may be at fault.
+"""
+
+import itertools
+from collections import deque
+
+from qwen_bridge.batching import Batch, home_worker
+from qwen_bridge.jobs import Call, Job
+from qwen_bridge.supervision import Seat, Supervisor
+
+
+class Queues:
+    """The batches of the current call that wait, each in the queue of a seat."""
+
+    def __init__(self, supervisor: Supervisor):
+        """Over the seats of a supervisor, of which there may be more later."""
+        self._supervisor = supervisor
+        self._numbers = itertools.count()
+
+    def fill(self, call: Call, batches: list[Batch]) -> None:
+        """Puts each batch where its affinity has it, in the place of what was there."""
+        self.clear()
+        seats = self._supervisor.seats
+        for batch in batches:
+            home = home_worker(batch.key, len(seats))
+            seats[home].queue.append(Job(next(self._numbers), call, batch.rows, home))
+
+    def clear(self) -> None:
+        """Drops all that waits."""
+        for seat in self._supervisor.seats:
+            seat.queue.clear()
+
+    def __len__(self) -> int:
+        return sum(len(seat.queue) for seat in self._supervisor.seats)
+
+    def next_for(self, seat: Seat) -> Job | None:
+        """Takes the first job of the seat's queue, or else the last of the longest, that it may."""
+        for place, job in enumerate(seat.queue):
+            if self._may_have(seat, job):
+                del seat.queue[place]
+                return job
+        queues: list[deque[Job]] = [other.queue for other in self._supervisor.seats]
+        for queue in sorted(queues, key=len, reverse=True):
+            for place, job in enumerate(reversed(queue), 1):
+                if self._may_have(seat, job):
+                    del queue[-place]
+                    return job
+        return None
+
+    def put_first(self, job: Job) -> None:
+        """The job is the next one of its home."""
+        self._supervisor.seats[job.home].queue.appendleft(job)
+
+    def put_halves(self, job: Job, kills: int) -> None:
+        """Cuts a job in two, each as if it had ended so many workers."""
+        middle = len(job.rows) // 2
+        for rows in (job.rows[middle:], job.rows[:middle]):
+            number = next(self._numbers)
+            half = Job(number, job.call, rows, job.home, kills=kills, ended_in=job.ended_in)
+            self.put_first(half)
+
+    def move(self, job: Job) -> None:
+        """A new home after the seat where it ended a worker; that one where there is no other."""
+        last = job.ended_in[-1]
+        seats = self._supervisor.seats
+        after = seats[last + 1 :] + seats[: last + 1]
+        fit = (seat.index for seat in after if not seat.closed and self._may_have(seat, job))
+        job.home = next(fit, last)
+
+    def _may_have(self, seat: Seat, job: Job) -> bool:
+        """Not where it ended a worker, if it was not everywhere yet; never there twice running."""
+        if not job.ended_in:
+            return True
+        usable = {other.index for other in self._supervisor.usable()}
+        elsewhere = usable.difference(job.ended_in) or usable.difference(job.ended_in[-1:])
+        return seat.index in elsewhere or not elsewhere
