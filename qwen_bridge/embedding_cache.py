@@ -155,8 +155,8 @@ class EmbeddingCache:
         share = len(self.broken) / max(self._images_in_all, 1)
         if failed and share > self._max_broken:
             raise InputError(
-                f"{len(self.broken):,} of {self._images_in_all:,} images ({share:.2%}) cannot be "
-                f"read, more than --max_bad_images={self._max_broken:g} allows: "
+                f"at least {len(self.broken):,} of {self._images_in_all:,} images ({share:.2%}) "
+                f"cannot be read, more than --max_bad_images={self._max_broken:g} allows: "
                 f"{self.first_broken()}; replace the files (python -m experiments.check_data finds "
                 "all of them), or raise the flag"
             )

@@ -164,7 +164,9 @@ def test_a_wrong_folder_is_found_before_anything_is_embedded(tmp_path, data):
     for path in (tmp_path / "bank").iterdir():
         path.unlink()
     workers = Workers(data)
-    with pytest.raises(InputError, match=r"^30 of 40 images \(75.00%\) cannot be read, more than"):
+    with pytest.raises(
+        InputError, match=r"^at least 30 of 40 images \(75.00%\) cannot be read, more than"
+    ):
         embedded(tmp_path / "cache", workers, data)
     assert workers.asked == []
 

@@ -1,16 +1,21 @@
 """Corrupt images and prompts that crash the worker: exactly those fail, with reasons."""
 
 import json
+import re
+import subprocess
+import sys
 
 import mining_job
 import numpy as np
 import pytest
+from conftest import SMALL
 from faults.injection import chosen
 from worker_settings import SETTINGS
 
 from lever_jax.scoring import ScoringService
 from lever_jax.store import Store
 from qwen_bridge.client import Environment
+from qwen_bridge.errors import InputError
 from qwen_bridge.vqa.sources import open_dataset
 
 SEED, KILLING, CORRUPT = 5, 0.01, 0.1
@@ -133,3 +138,75 @@ def test_corrupt_images_and_prompts_that_kill_the_embedded_model(tmp_path, story
         f"{len(bad)} of {len(images)} images corrupt, {kills.sum()} of {len(queries)} prompts kill "
         f"the worker: those {len(reasons)} eval_failed, {stats['restarts']} restarts"
     )
+
+
+@pytest.mark.faults
+def test_a_run_over_corrupt_images(tmp_path, story):
+    """The real entry point: broken demonstrations are in no pool, broken queries fail by name."""
+    rng = np.random.default_rng(SEED)
+    world = open_dataset({"kind": "digits", "seed": 0, "bank": 120, "train": 32, "eval": 1})
+    parts = {
+        "bank_jsonl": str(files_of(world, "bank", world.bank, tmp_path / "bank")),
+        "query_jsonl": str(files_of(world, "query", world.train, tmp_path / "query")),
+    }
+    files = sorted(tmp_path.glob("*/*.png"))
+    for place in rng.choice(len(files), round(CORRUPT * len(files)), replace=False):
+        corrupt(files[place], rng)
+    data = {"kind": "jsonl", "num_train": 24, "num_eval": 8, "seed": 0, **parts}
+    dataset = open_dataset({**data, "bank_images": "", "query_images": ""})
+    images = {one.image for one in dataset.bank + dataset.train + dataset.eval}
+    broken = {image for image in images if not readable(dataset, image)}
+    assert len(broken) == round(CORRUPT * len(files))
+    command = [sys.executable, "-m", "experiments.mine", *SMALL, "--dataset=jsonl"]
+    command += [f"--{name}={path}" for name, path in parts.items()]
+
+    def mine(workdir, *flags):
+        given = [*command, f"--workdir={tmp_path / workdir}", *flags]
+        return subprocess.run(given, capture_output=True, text=True, timeout=600, check=False)
+
+    refused = mine("refused")
+    assert refused.returncode == 2
+    (line,) = refused.stderr.strip().splitlines()
+    limit = (
+        r"error: at least \d+ of 152 images \(.*%\) cannot be read, more than --max_bad_images=0.01"
+    )
+    assert re.match(limit + r" allows: image (bank|query)/.*\.png: ", line)
+    assert line.endswith("or raise the flag")
+
+    for _ in range(2):  # The second asks for the same pools, and finds everything in the store.
+        done = mine("run", "--max_bad_images=0.2")
+        assert done.returncode == 0, done.stderr
+        (said,) = [line for line in done.stdout.splitlines() if "images cannot be read" in line]
+        assert f"  {len(broken)} images cannot be read, so " in said
+        assert said.count(" | ") == 3
+        with Store.open(tmp_path / "run" / "store.sqlite", None, read_only=True) as store:
+            assert store.verify() == []
+            records = list(store.iter_scores())
+            queries = np.array([example.id for example in dataset.train + dataset.eval])
+            pools, _ = store.get_pools(queries)
+    bank = {example.id: example.image for example in dataset.bank}
+    assert not broken & {bank[i] for i in pools.ravel().tolist()}
+    asked = {example.id: example.image for example in dataset.train}
+    lost = {query for query, image in asked.items() if image in broken}
+    assert 0 < len(lost) < len(asked)
+    assert {record.query_id for record in records} == asked.keys()
+    for record in records:
+        if record.query_id in lost:
+            assert asked[record.query_id].removeprefix("query/") in record.eval_failed
+        else:
+            assert record.eval_failed is None
+            assert not broken & {bank[i] for i in record.pointer}
+    failed = sum(record.eval_failed is not None for record in records)
+    story.append(
+        f"experiments.mine: {len(broken)} of {len(files)} images corrupt: {failed} of "
+        f"{len(records)} prompts eval_failed, those of {len(lost)} queries"
+    )
+
+
+def readable(dataset, image):
+    """Whether a picture can be decoded."""
+    try:
+        dataset.load_image(image)
+    except InputError:
+        return False
+    return True
