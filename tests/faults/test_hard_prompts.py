@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 
@@ -142,65 +143,88 @@ def test_corrupt_images_and_prompts_that_kill_the_embedded_model(tmp_path, story
 
 @pytest.mark.faults
 def test_a_run_over_corrupt_images(tmp_path, story):
-    """The real entry point: broken demonstrations are in no pool, broken queries fail by name."""
+    """The real entry point: broken demonstrations are in no pool, broken queries fail by name.
+
+    All else is, record for record, what a run over sound files without these demonstrations gives.
+    """
     rng = np.random.default_rng(SEED)
     world = open_dataset({"kind": "digits", "seed": 0, "bank": 120, "train": 32, "eval": 1})
-    parts = {
-        "bank_jsonl": str(files_of(world, "bank", world.bank, tmp_path / "bank")),
-        "query_jsonl": str(files_of(world, "query", world.train, tmp_path / "query")),
-    }
-    files = sorted(tmp_path.glob("*/*.png"))
-    for place in rng.choice(len(files), round(CORRUPT * len(files)), replace=False):
-        corrupt(files[place], rng)
-    data = {"kind": "jsonl", "num_train": 24, "num_eval": 8, "seed": 0, **parts}
-    dataset = open_dataset({**data, "bank_images": "", "query_images": ""})
+    given, whole = tmp_path / "given", tmp_path / "whole"
+    given.mkdir()
+    for role, examples in (("bank", world.bank), ("query", world.train)):
+        files_of(world, role, examples, given / role)
+    shutil.copytree(given, whole)
+    for role in ("bank", "query"):
+        files = sorted((given / role).glob("*.png"))
+        for place in rng.choice(len(files), round(CORRUPT * len(files)), replace=False):
+            corrupt(files[place], rng)
+    data = {"kind": "jsonl", "num_train": 24, "num_eval": 8, "seed": 0}
+    data |= {"bank_images": "", "query_images": "", **jsonl(given)}
+    dataset = open_dataset(data)
     images = {one.image for one in dataset.bank + dataset.train + dataset.eval}
     broken = {image for image in images if not readable(dataset, image)}
-    assert len(broken) == round(CORRUPT * len(files))
-    command = [sys.executable, "-m", "experiments.mine", *SMALL, "--dataset=jsonl"]
-    command += [f"--{name}={path}" for name, path in parts.items()]
+    assert len(broken) == 12 + 3
 
-    def mine(workdir, *flags):
-        given = [*command, f"--workdir={tmp_path / workdir}", *flags]
-        return subprocess.run(given, capture_output=True, text=True, timeout=600, check=False)
+    def mine(workdir, folder, *flags):
+        command = [sys.executable, "-m", "experiments.mine", *SMALL, "--dataset=jsonl"]
+        command += [f"--{name}={path}" for name, path in jsonl(folder).items()]
+        command += [f"--workdir={tmp_path / workdir}", *flags]
+        return subprocess.run(command, capture_output=True, text=True, timeout=600, check=False)
 
-    refused = mine("refused")
+    def stored(workdir):
+        with Store.open(tmp_path / workdir / "store.sqlite", None, read_only=True) as store:
+            assert store.verify() == []
+            queries = np.array([example.id for example in dataset.train + dataset.eval])
+            pools, _ = store.get_pools(queries)
+            records = {(record.query_id, record.pointer): record for record in store.iter_scores()}
+            return dict(zip(queries.tolist(), pools.tolist())), records
+
+    refused = mine("refused", given)
     assert refused.returncode == 2
     (line,) = refused.stderr.strip().splitlines()
-    limit = (
-        r"error: at least \d+ of 152 images \(.*%\) cannot be read, more than --max_bad_images=0.01"
+    begins = (
+        r"error: at least \d+ of 152 images \(.*%\) cannot be read, more than --max_bad_images="
     )
-    assert re.match(limit + r" allows: image (bank|query)/.*\.png: ", line)
+    assert re.match(begins + r"0\.01 allows: image (bank|query)/.*\.png: ", line)
     assert line.endswith("or raise the flag")
 
     for _ in range(2):  # The second asks for the same pools, and finds everything in the store.
-        done = mine("run", "--max_bad_images=0.2")
+        done = mine("run", given, "--max_bad_images=0.2")
         assert done.returncode == 0, done.stderr
         (said,) = [line for line in done.stdout.splitlines() if "images cannot be read" in line]
-        assert f"  {len(broken)} images cannot be read, so " in said
+        assert "  15 images cannot be read, so 12 demonstrations are in no pool and every " in said
         assert said.count(" | ") == 3
-        with Store.open(tmp_path / "run" / "store.sqlite", None, read_only=True) as store:
-            assert store.verify() == []
-            records = list(store.iter_scores())
-            queries = np.array([example.id for example in dataset.train + dataset.eval])
-            pools, _ = store.get_pools(queries)
+    pools, records = stored("run")
     bank = {example.id: example.image for example in dataset.bank}
-    assert not broken & {bank[i] for i in pools.ravel().tolist()}
+    assert not broken & {bank[i] for pool in pools.values() for i in pool}
     asked = {example.id: example.image for example in dataset.train}
     lost = {query for query, image in asked.items() if image in broken}
-    assert 0 < len(lost) < len(asked)
-    assert {record.query_id for record in records} == asked.keys()
-    for record in records:
-        if record.query_id in lost:
-            assert asked[record.query_id].removeprefix("query/") in record.eval_failed
-        else:
-            assert record.eval_failed is None
-            assert not broken & {bank[i] for i in record.pointer}
-    failed = sum(record.eval_failed is not None for record in records)
+    assert lost
+    assert {query for query, _ in records} == asked.keys()
+    failed = [record for (query, _), record in records.items() if query in lost]
+    for record in failed:
+        assert asked[record.query_id].removeprefix("query/") in record.eval_failed
+
+    lines = (whole / "bank" / "bank.jsonl").read_text().splitlines(keepends=True)
+    sound = [line for line in lines if f"bank/{json.loads(line)['image']}" not in broken]
+    (whole / "bank" / "bank.jsonl").write_text("".join(sound))
+    assert mine("clean", whole).returncode == 0
+    clean_pools, clean = stored("clean")
+    unread = {example.id for example in dataset.train + dataset.eval if example.image in broken}
+    for query in pools.keys() - unread:
+        assert pools[query] == clean_pools[query]
+    rest = [key for key in records if key[0] not in lost]
+    assert set(rest) == {key for key in clean if key[0] not in lost}
+    compare([records[k] for k in rest], [clean[k] for k in rest], np.zeros(len(rest), bool))
     story.append(
-        f"experiments.mine: {len(broken)} of {len(files)} images corrupt: {failed} of "
-        f"{len(records)} prompts eval_failed, those of {len(lost)} queries"
+        f"experiments.mine: {len(broken)} of {len(images)} images corrupt: {len(failed)} of "
+        f"{len(records)} prompts eval_failed, those of {len(lost)} queries; the rest as clean"
     )
+
+
+def jsonl(folder):
+    """The data of a folder with `bank` and `query` in it, as flags name them."""
+    return {f"{role}_jsonl": str(folder / role / f"{role}.jsonl") for role in ("bank", "query")}
 
 
 def readable(dataset, image):
