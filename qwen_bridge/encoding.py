@@ -28,7 +28,6 @@ from qwen_bridge.vqa.images import ImageFolders, MissingImageError
 from qwen_bridge.vqa.sources import open_dataset
 
 _RUN_FILE = "run.json"  # also named in lever_jax.demonstrations, which this half cannot import
-_BATCH = 256
 _NEW = "new"  # folder part of the key of an image that is not of the data set
 
 ImageLike = str | os.PathLike | Image.Image
@@ -139,11 +138,11 @@ class RunEncoder:
             raise InputError(next(iter(embedded.reasons.values())))
         return keys, embedded.embeddings
 
-    def embed(self, kind: str, ids: Sequence[int], on_batch) -> None:
+    def embed(self, kind: str, ids: Sequence[int], on_batch, batch_size: int = 64) -> None:
         """Embeds examples of the run, as `client.Environment.embed` does; for the cache on disk."""
         split = kind.partition(":")[0]
-        for first in range(0, len(ids), _BATCH):
-            rows = np.arange(first, min(first + _BATCH, len(ids)))
+        for first in range(0, len(ids), batch_size):
+            rows = np.arange(first, min(first + batch_size, len(ids)))
             examples = [self._dataset.example(split, int(ids[row])) for row in rows]
             on_batch(rows, self._embedder.embed(examples, kind))
 
