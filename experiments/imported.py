@@ -119,8 +119,12 @@ def read_imported(workdir: pathlib.Path) -> tuple[dict, Iterator[QueryEntry]]:
     return meta, entries
 
 
-def examples(dataset: Dataset, train: PooledQueries | None = None) -> RunExamples:
-    """What the ids of a run mean, with the pools of its training queries where they are known."""
+def examples(
+    dataset: Dataset,
+    train: PooledQueries | None = None,
+    broken: frozenset[str] = frozenset(),
+) -> RunExamples:
+    """What the ids of a run mean, with its pools and broken images where they are known."""
     pools = None
     if train is not None:
         row_of = {query_id: row for row, query_id in enumerate(train.query_ids.tolist())}
@@ -134,6 +138,7 @@ def examples(dataset: Dataset, train: PooledQueries | None = None) -> RunExample
         held_out=frozenset(example.id for example in dataset.eval),
         bank={example.id: example.image for example in dataset.bank},
         pools=pools,
+        broken=broken,
     )
 
 
@@ -182,7 +187,8 @@ def rce_groups(session: Session, shots: int, *, beside: GroupBatch | None) -> Im
 
 
 def _open(session: Session, shots: int) -> tuple[ImportedData, PooledQueries]:
-    data = fit(session.workdir, examples(session.dataset, session.train), shots)
+    run = examples(session.dataset, session.train, session.broken)
+    data = fit(session.workdir, run, shots)
     return data, pooled(data, session.train, session.bank)
 
 

@@ -65,6 +65,7 @@ def run_settings() -> dict:
         "worker": configs.absolute_worker_settings(),
         "pools": dataclasses.asdict(configs.pool_config()),
         "embeddings_dir": str(configs.embeddings_dir().absolute()),
+        "max_bad_images": settings.MAX_BAD_IMAGES.value,
     }
 
 

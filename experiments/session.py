@@ -5,7 +5,7 @@ import dataclasses
 import functools
 import logging
 import pathlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import jax
 import numpy as np
@@ -23,8 +23,9 @@ from lever_jax.store import Store
 from qwen_bridge.client import Environment
 from qwen_bridge.embedding_cache import EmbeddingCache
 from qwen_bridge.errors import InputError as BridgeInputError
+from qwen_bridge.gathered import GatheredRows
 from qwen_bridge.hub import resolve_model
-from qwen_bridge.vqa.examples import Dataset
+from qwen_bridge.vqa.examples import Dataset, Example
 from qwen_bridge.vqa.sources import open_dataset
 
 # What the workers say of embeddings, which decides no score.
@@ -43,6 +44,7 @@ class Session:
       bank: the demonstrations, embedded.
       train: training queries with their pools.
       eval: evaluation queries with their pools.
+      broken: image keys that cannot be read; no demonstration of `bank` has one.
       init: key to fresh parameters of the selector.
       policy: the selector.
       identity: what decides scores: fingerprints of model, prompts, generation, data, metric.
@@ -57,6 +59,7 @@ class Session:
     bank: Embedded
     train: PooledQueries
     eval: PooledQueries
+    broken: frozenset[str]
     init: object
     policy: object
     identity: dict[str, str]
@@ -122,7 +125,7 @@ def open_session(workdir: pathlib.Path) -> Iterator[Session]:
         store = stack.enter_context(Store.open(workdir / "store.sqlite", identity))
         batched = BatchedEnvironment(environment, settings.SCORE_BATCH.value)
         service = ScoringService(store, batched, bar, blameless=(BridgeInputError,))
-        bank, *queries = _embeddings(environment, dataset)
+        bank, queries, broken = _embeddings(environment, dataset)
         config = configs.pool_config()
         pooled = [pool_queries(each, bank, hello["parts"], config, store, bar) for each in queries]
         _report_excluded(pooled)
@@ -138,6 +141,7 @@ def open_session(workdir: pathlib.Path) -> Iterator[Session]:
             service,
             bank,
             *pooled,
+            broken,
             init,
             policy,
             identity,
@@ -146,29 +150,39 @@ def open_session(workdir: pathlib.Path) -> Iterator[Session]:
         )
 
 
-def _embeddings(environment: Environment, dataset: Dataset) -> list[Embedded]:
-    """Embeddings of bank, training and evaluation queries, through the cache on disk."""
+def _embeddings(
+    environment: Environment, dataset: Dataset
+) -> tuple[Embedded, list[Embedded], frozenset[str]]:
+    """Embeddings of bank and queries (training, evaluation) through the cache, and broken images.
+
+    Demonstrations with a broken image are left out. Queries stay, and fail when they are scored.
+    """
     groups = (
-        ("bank", dataset.bank, "embed the bank"),
-        ("query", dataset.train, "embed training queries"),
-        ("query", dataset.eval, "embed evaluation queries"),
+        (dataset.train, "embed training queries"),
+        (dataset.eval, "embed evaluation queries"),
     )
-    folder = configs.embeddings_dir()
-    with EmbeddingCache(folder, environment, dataset, bar) as cache:
-        embedded = [
-            Embedded(
-                np.array([example.id for example in examples], np.int64),
-                tuple(example.image for example in examples),
-                cache.embed(kind, examples, label),
-            )
-            for kind, examples, label in groups
-        ]
+    folder, max_broken = configs.embeddings_dir(), settings.MAX_BAD_IMAGES.value
+    with EmbeddingCache(folder, environment, dataset, bar, max_broken) as cache:
+        bank = _embedded(*cache.demonstrations(dataset.bank, "embed the bank"))
+        queries = [_embedded(some, cache.embed("query", some, label)) for some, label in groups]
     damaged = f", of these {cache.counts.damaged:,} again, as their checksums were wrong"
     note(
         f"embeddings: {cache.counts.read:,} images and texts read from {folder}, "
         f"{cache.counts.computed:,} computed{damaged if cache.counts.damaged else ''}"
     )
-    return embedded
+    if cache.broken:
+        lost = sum(example.image in cache.broken for some, _ in groups for example in some)
+        note(
+            f"{len(cache.broken):,} images cannot be read, so "
+            f"{len(dataset.bank) - len(bank.ids):,} demonstrations are in no pool and every prompt "
+            f"of {lost:,} queries is eval_failed: {cache.first_broken()}"
+        )
+    return bank, queries, frozenset(cache.broken)
+
+
+def _embedded(examples: Sequence[Example], rows: GatheredRows) -> Embedded:
+    ids = np.array([example.id for example in examples], np.int64)
+    return Embedded(ids, tuple(example.image for example in examples), rows)
 
 
 def _retry_failed(service: ScoringService, bank: Embedded, pooled: list[PooledQueries]) -> None:

@@ -192,6 +192,14 @@ ENCODER_MODEL = flags.DEFINE_string(
 EMBEDDINGS_DIR = flags.DEFINE_string(
     "embeddings_dir", "", "Folder of cached embeddings, for any number of runs; WORKDIR/embeddings."
 )
+MAX_BAD_IMAGES = flags.DEFINE_float(
+    "max_bad_images",
+    0.01,
+    "Share of the data set's images that may be missing or broken, [0, 1]: their demonstrations "
+    "are in no pool and prompts of their queries fail. More are an error, as a wrong folder is.",
+    lower_bound=0.0,
+    upper_bound=1.0,
+)
 POOL_SIZE = flags.DEFINE_integer("pool_size", 32, "K, candidates of a query.", lower_bound=1)
 IMAGE_WEIGHT = flags.DEFINE_float(
     "image_weight", 1.0, "Weight of image similarity, >= 0.", lower_bound=0.0

@@ -32,12 +32,14 @@ class RunExamples:
       held_out: ids of the evaluation queries.
       bank: demonstration id -> image key.
       pools: training query id -> demonstration ids of the run's pool, or None while unknown.
+      broken: image keys that cannot be read, as far as that is known.
     """
 
     queries: dict[int, tuple[str, str]]
     held_out: frozenset[int]
     bank: dict[int, str]
     pools: Callable[[int], Sequence[int]] | None = None
+    broken: frozenset[str] = frozenset()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,7 +75,8 @@ def fit_to_run(
     """Checks the queries of a file against a run and gathers their pointers.
 
     Always left out and counted, as they say nothing about a prompt: pointers that could not be
-    evaluated, and the second of two equal pointers. Everything else that does not fit is an error,
+    evaluated, the second of two equal pointers, and queries, candidates and pointers with an image
+    that cannot be read. Everything else that does not fit is an error,
     or is left out and counted with `partial`: queries that are not training queries of the run,
     demonstrations that are not in its bank or show the query's own image, pointers outside of
     their pool, pointers of another length than S. A question that differs from the run's is always
@@ -101,8 +104,12 @@ def fit_to_run(
         if entry.query_id not in run.queries:
             misfit(entry, *_stranger(entry.query_id, run))
             continue
-        _check_question(entry, run.queries[entry.query_id][1], place)
-        pool = _fitting_pool(entry, run, misfit)
+        image, question = run.queries[entry.query_id]
+        _check_question(entry, question, place)
+        if image in run.broken:
+            left_out["queries whose image cannot be read"] += 1
+            continue
+        pool = _fitting_pool(entry, run, misfit, left_out)
         fitting = _fitting_pointers(entry, pool, run, shots, misfit, left_out)
         if fitting:
             queries.append(entry.query_id)
@@ -163,7 +170,9 @@ def _words(text: str) -> list[str]:
     return text.casefold().split()
 
 
-def _fitting_pool(entry: QueryEntry, run: RunExamples, misfit) -> tuple[int, ...] | None:
+def _fitting_pool(
+    entry: QueryEntry, run: RunExamples, misfit, left_out: Counter
+) -> tuple[int, ...] | None:
     """The candidate pool of a query: the file's, else the run's, None if that is not known."""
     if entry.pool is None:
         return None if run.pools is None else tuple(run.pools(entry.query_id))
@@ -183,6 +192,8 @@ def _fitting_pool(entry: QueryEntry, run: RunExamples, misfit) -> tuple[int, ...
                 f"demonstration {demo_id} of its pool shows the query's own image, whose answer "
                 "may give the query's away: remove it",
             )
+        elif run.bank[demo_id] in run.broken:
+            left_out["candidates whose image cannot be read"] += 1
         else:
             pool.append(demo_id)
     return tuple(pool)
@@ -200,6 +211,8 @@ def _fitting_pointers(
         outside = [i for i in pointer if i not in allowed or run.bank[i] == image]
         if candidate.record.eval_failed is not None:
             left_out["pointers that could not be evaluated"] += 1
+        elif any(run.bank.get(i) in run.broken for i in pointer):
+            left_out["pointers with an image that cannot be read"] += 1
         elif pointer in fitting:
             left_out["pointers that are there twice"] += 1
         elif len(pointer) != shots:

@@ -82,10 +82,10 @@ class Store(ScoreTables):
                 elif stored[1] != row[1]:
                     raise StoreError(
                         f"{self.path} has another candidate pool for query {row[0]}; a query has "
-                        "one pool in mining, training and evaluation: give the bank (--max_bank), "
-                        "--encoder, --pool_size, --pool_shares, --image_weight, "
-                        "--question_weight, --near_duplicate and --world_seed as before, or "
-                        "another --workdir"
+                        "one pool in mining, training and evaluation: give the bank (--max_bank, "
+                        "and the same images readable), --encoder, --pool_size, --pool_shares, "
+                        "--image_weight, --question_weight, --near_duplicate and --world_seed as "
+                        "before, or another --workdir"
                     )
             self._insert_new("pools", new, "query_id")
 

@@ -4,12 +4,19 @@ Prompts that share something a worker caches (a candidate pool, a query) should 
 and go to one worker; the caller says what is shared by a key for each prompt, the *affinity*.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
 
-from qwen_bridge.protocol import JUDGED, AnswerBatch, ScoreBatch, empty_answer, empty_score
+from qwen_bridge.protocol import (
+    JUDGED,
+    AnswerBatch,
+    EmbedBatch,
+    ScoreBatch,
+    empty_answer,
+    empty_score,
+)
 
 _MASK = 0xFFFFFFFFFFFFFFFF
 
@@ -56,12 +63,15 @@ def home_worker(key: int, workers: int) -> int:
     return home
 
 
-def assemble_embeddings(rows: int, dim: int, pieces: Iterable[tuple]) -> np.ndarray:
-    """[rows, dim] float32 from (rows, embeddings) pieces in any order."""
-    embeddings = np.full((rows, dim), np.nan, np.float32)
-    for where, piece in pieces:
-        embeddings[where] = piece
-    return embeddings
+def assemble_embed(
+    rows: int, dim: int, pieces: Sequence[tuple[np.ndarray, EmbedBatch]]
+) -> EmbedBatch:
+    """One `EmbedBatch` of [rows, dim] in the caller's order."""
+    whole = EmbedBatch(np.full((rows, dim), np.nan, np.float32))
+    for where, batch in pieces:
+        whole.embeddings[where] = batch.embeddings
+        _put_reasons(whole, where, batch)
+    return whole
 
 
 def assemble_score(rows: int, pieces: Sequence[tuple[np.ndarray, ScoreBatch]]) -> ScoreBatch:
@@ -89,6 +99,10 @@ def assemble_answer(rows: int, pieces: Sequence[tuple[np.ndarray, AnswerBatch]])
 def _put_words(whole, where: np.ndarray, batch) -> None:
     for row, text in zip(where.tolist(), batch.texts):
         whole.texts[row] = text
+    _put_reasons(whole, where, batch)
+
+
+def _put_reasons(whole, where: np.ndarray, batch) -> None:
     for position, why in batch.reasons.items():
         whole.reasons[int(where[position])] = why
 

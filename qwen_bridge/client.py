@@ -1,7 +1,7 @@
 """The driver's only door to the VLM: embed, score and answer, by ids, through workers.
 
     with Environment({"model": "qwen_bridge/tiny_qwen", ...}, workers=2) as environment:
-        embeddings = environment.embed("bank", ids)
+        embeddings = environment.embed("bank", ids).embeddings
         scores = environment.score(queries, pointers)
 
 Prompts are cut into batches, kept in flight on all workers, and come back in the caller's order.
@@ -19,7 +19,7 @@ import numpy as np
 from qwen_bridge.batching import (
     Batch,
     assemble_answer,
-    assemble_embeddings,
+    assemble_embed,
     assemble_score,
     plan_batches,
 )
@@ -32,6 +32,7 @@ from qwen_bridge.protocol import (
     KINDS,
     MAX_ANSWERS,
     AnswerBatch,
+    EmbedBatch,
     ProtocolError,
     ScoreBatch,
     check_ids,
@@ -142,17 +143,20 @@ class Environment:
         self,
         kind: str,
         ids,
-        on_batch: Callable[[np.ndarray, np.ndarray], None] | None = None,
+        on_batch: Callable[[np.ndarray, EmbedBatch], None] | None = None,
         batch_size: int = 64,
-    ) -> np.ndarray:
-        """[N, D] float32 embeddings of demonstrations ("bank") or queries ("query").
+    ) -> EmbedBatch:
+        """Embeddings [N, D] of demonstrations ("bank") or queries ("query").
 
         Args:
           kind: "bank" or "query"; "bank:image" and the like compute the image part or the text
             parts only, and leave the other columns zero.
           ids: [N] ids of the dataset.
-          on_batch: as in `score`, with [rows, D] embeddings.
+          on_batch: as in `score`.
           batch_size: most ids in one request.
+
+        Returns:
+          All embeddings, in the caller's order; an image that cannot be read has a reason.
         """
         if kind not in KINDS:
             raise InputError(f"embed: kind {kind!r} is not known; it must be one of {KINDS}")
@@ -161,7 +165,7 @@ class Environment:
         rows = np.arange(len(ids))
         batches = [Batch(rows[i : i + limit], i) for i in range(0, len(ids), limit)]
         pieces = self._run(Call("embed", kind, {"ids": ids}, 0), batches, on_batch)
-        return assemble_embeddings(len(ids), self._embedding_dim, pieces)
+        return assemble_embed(len(ids), self._embedding_dim, pieces)
 
     def score(
         self,

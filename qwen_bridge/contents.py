@@ -47,27 +47,28 @@ class ImageKeys:
     def __init__(self, path: pathlib.Path, bar):
         self._path, self._bar = path, bar
 
-    def of(self, dataset: Dataset, images: Sequence[str]) -> dict[str, bytes]:
-        """Returns the key of each image.
+    def of(
+        self, dataset: Dataset, images: Sequence[str]
+    ) -> tuple[dict[str, bytes], dict[str, str]]:
+        """Returns the key of each image that can be read, and of each other one why it cannot.
+
+        A key says nothing about whether the bytes can be decoded.
 
         Raises:
-          InputError: an image cannot be read; names the file.
+          InputError: the file that remembers keys cannot be used.
         """
         images = list(dict.fromkeys(images))
-        folders = dataset.load_image
+        folders, failed = dataset.load_image, {}
         if not isinstance(folders, ImageFolders):
-            return {image: pixels_key(dataset.load_image(image)) for image in images}
+            return {image: pixels_key(dataset.load_image(image)) for image in images}, failed
         stats = {}
         for image in images:
-            path = os.path.abspath(folders.path(image))
             try:
-                stat = os.stat(path)
-            except OSError:
-                dataset.load_image(image)  # Raises, and says what is to be done.
-                raise
-            stats[image] = (path, stat.st_size, stat.st_mtime_ns)
+                stats[image] = _stat(folders, image)
+            except InputError as error:
+                failed[image] = f"image {image}: {error}"
         try:
-            return self._remembered(stats)
+            return self._remembered(stats, failed), failed
         except sqlite3.Error as error:
             raise InputError(
                 f"{self._path} cannot be used ({error}); delete it, or give another "
@@ -82,7 +83,9 @@ class ImageKeys:
         """
         return _file_key(str(path))
 
-    def _remembered(self, stats: dict[str, tuple[str, int, int]]) -> dict[str, bytes]:
+    def _remembered(
+        self, stats: dict[str, tuple[str, int, int]], failed: dict[str, str]
+    ) -> dict[str, bytes]:
         self._path.parent.mkdir(parents=True, exist_ok=True)
         db = sqlite3.connect(self._path, timeout=120.0)
         try:
@@ -98,22 +101,45 @@ class ImageKeys:
                 with self._bar("read image files", len(missing)) as advance:
                     for first in range(0, len(missing), _COMMIT_FILES):
                         some = missing[first : first + _COMMIT_FILES]
-                        keys.update(self._read(db, {image: stats[image] for image in some}))
+                        some_stats = {image: stats[image] for image in some}
+                        keys.update(self._read(db, some_stats, failed))
                         advance(len(some))
             return keys
         finally:
             db.close()
 
-    def _read(self, db, stats: dict[str, tuple[str, int, int]]) -> dict[str, bytes]:
+    def _read(
+        self, db, stats: dict[str, tuple[str, int, int]], failed: dict[str, str]
+    ) -> dict[str, bytes]:
         """Hashes files and remembers them, with what was known of them before they were read."""
+
+        def attempt(image: str) -> bytes | None:
+            try:
+                return _file_key(stats[image][0])
+            except InputError as error:
+                failed[image] = f"image {image}: {error}"
+                return None
+
         with ThreadPoolExecutor(_THREADS) as pool:
-            keys = list(pool.map(_file_key, [path for path, _, _ in stats.values()]))
+            found = zip(stats, pool.map(attempt, stats))
+            keys = {image: key for image, key in found if key is not None}
         with db:
             db.executemany(
                 "INSERT OR REPLACE INTO files VALUES (?, ?, ?, ?)",
-                [(*stat, key) for stat, key in zip(stats.values(), keys)],
+                [(*stats[image], key) for image, key in keys.items()],
             )
-        return dict(zip(stats, keys))
+        return keys
+
+
+def _stat(folders: ImageFolders, image: str) -> tuple[str, int, int]:
+    """Path, size and time of an image's file."""
+    path = os.path.abspath(folders.path(image))
+    try:
+        stat = os.stat(path)
+    except OSError:
+        folders(image)  # Raises, and says what is to be done.
+        raise
+    return path, stat.st_size, stat.st_mtime_ns
 
 
 def _file_key(path: str) -> bytes:

@@ -14,6 +14,7 @@ import torch
 
 from qwen_bridge.errors import InputError
 from qwen_bridge.prompts import PromptBuilder, PromptError
+from qwen_bridge.protocol import EmbedBatch
 from qwen_bridge.recent import RecentlyUsed
 from qwen_bridge.vision import VisionCache
 from qwen_bridge.vqa.examples import Example
@@ -38,11 +39,10 @@ class Encoder(abc.ABC):
     fingerprint: str
 
     @abc.abstractmethod
-    def images(self, keys: Sequence[str]) -> np.ndarray:
-        """Returns float32 `[N, image_dim]` of image keys.
+    def images(self, keys: Sequence[str]) -> tuple[np.ndarray, dict[str, str]]:
+        """Returns float32 `[N, image_dim]` of image keys, and why an image cannot be read, by key.
 
-        Raises:
-          InputError: an image cannot be read; names the file.
+        The row of an image that cannot be read is zero.
         """
 
     @abc.abstractmethod
@@ -83,7 +83,7 @@ class QwenEncoder(Encoder):
         self._layer = (model.config.text_config.num_hidden_layers + 1) // 2
         self.fingerprint = encoder_fingerprint("qwen", fingerprint)
 
-    def images(self, keys: Sequence[str]) -> np.ndarray:
+    def images(self, keys: Sequence[str]) -> tuple[np.ndarray, dict[str, str]]:
         """See `Encoder.images`."""
         return self._vision.means(keys)
 
@@ -132,7 +132,7 @@ class Embedder:
         self.dim = image + 2 * text
         self._answers = RecentlyUsed(_ANSWERS_BYTES)
 
-    def embed(self, examples: Sequence[Example], kind: str) -> np.ndarray:
+    def embed(self, examples: Sequence[Example], kind: str) -> EmbedBatch:
         """Embeds examples.
 
         Args:
@@ -142,15 +142,19 @@ class Embedder:
             zero.
 
         Returns:
-          float32 `[N, dim]`; columns as `parts` says.
+          `[N, dim]`, columns as `parts` says; the image part of an example whose image cannot be
+          read is zero and has a reason.
 
         Raises:
-          InputError: an image cannot be read, or a text holds a special token.
+          InputError: a text holds a special token.
         """
         split, _, only = kind.partition(":")
         out = np.zeros((len(examples), self.dim), np.float32)
+        reasons = {}
         if only != "text":
-            self._fill(out, "image", self.encoder.images([e.image for e in examples]))
+            vectors, failed = self.encoder.images([example.image for example in examples])
+            self._fill(out, "image", vectors)
+            reasons = {i: failed[e.image] for i, e in enumerate(examples) if e.image in failed}
         if only != "image":
             questions = [example.question for example in examples]
             answers = [example.answer for example in examples] if split == "bank" else []
@@ -164,7 +168,7 @@ class Embedder:
             self._fill(out, "question", texts[: len(questions)])
             if answers:
                 self._fill(out, "answer", texts[len(questions) :])
-        return out
+        return EmbedBatch(out, reasons)
 
     def similarity(self, text: str, answers: Sequence[str]) -> float:
         """Best cosine between a predicted answer and the ground truths, in [-1, 1]; 0 if empty."""

@@ -10,6 +10,10 @@ image under many questions and asks a question of many images. The cache is the 
 the workers': the driver is the one process that needs all rows, and workers that come and go
 then have nothing to share. Each batch is kept as it lands; a run that is stopped or killed goes
 on after the last one.
+
+An image that cannot be read has no vector and is not kept: its part of an embedding is zero, the
+reason is in `broken`, and the next run tries again. Where too many are broken, the folder is
+probably the wrong one, and that is an error.
 """
 
 import pathlib
@@ -22,6 +26,7 @@ from qwen_bridge.client import Environment
 from qwen_bridge.contents import ImageKeys, text_key
 from qwen_bridge.errors import InputError
 from qwen_bridge.gathered import Gathered, GatheredRows
+from qwen_bridge.protocol import EmbedBatch
 from qwen_bridge.vector_table import VectorTable
 from qwen_bridge.vqa.examples import Dataset, Example
 
@@ -29,6 +34,7 @@ from qwen_bridge.vqa.examples import Dataset, Example
 _CALL_IDS = 4096
 # Ids of one request to a worker; a text costs far less than an image.
 _REQUEST_IDS = {"image": 64, "text": 256}
+_NAMED = 3  # broken images that a message names
 
 # (part, the key of each example) of the parts that share a table.
 _Parts = list[tuple[str, list[bytes]]]
@@ -56,18 +62,29 @@ class EmbeddingCache:
       environment: the workers; their `hello` names the encoder and its parts.
       dataset: where the examples come from.
       bar: `bar(label, total)`, a context that yields `advance(count)`.
+      max_broken: share of the data set's images that may be broken, in [0, 1].
 
     Attributes:
-      counts: of all calls of `embed`.
+      counts: of all calls.
+      broken: image key -> why it cannot be read, of all calls.
 
     Raises:
       InputError: the folder cannot be used.
     """
 
     def __init__(
-        self, folder: pathlib.Path, environment: Environment, dataset: Dataset, bar: Callable
+        self,
+        folder: pathlib.Path,
+        environment: Environment,
+        dataset: Dataset,
+        bar: Callable,
+        max_broken: float = 0.0,
     ):
         self._environment, self._dataset, self._bar = environment, dataset, bar
+        self._max_broken = max_broken
+        self._images_in_all = len({e.image for e in dataset.bank + dataset.train + dataset.eval})
+        self._reasons: dict[bytes, str] = {}  # of content that cannot be decoded
+        self.broken: dict[str, str] = {}
         hello = environment.hello
         self._parts, self._dim = hello["parts"], hello["embedding_dim"]
         self._image_keys = ImageKeys(folder / "files.sqlite", bar)
@@ -89,14 +106,15 @@ class EmbeddingCache:
 
         Args:
           kind: "bank" or "query"; a query's answer part is zero.
-          examples: `N` of the data set.
+          examples: `N` of the data set; the image part of one in `broken` is zero.
           label: of the progress bars.
 
         Raises:
-          InputError: an image cannot be read, or a text not be embedded.
+          InputError: too many images cannot be read, or a text cannot be embedded.
         """
-        image_keys = self._image_keys.of(self._dataset, [example.image for example in examples])
-        images = [image_keys[example.image] for example in examples]
+        image_keys, failed = self._image_keys.of(self._dataset, [e.image for e in examples])
+        self._note_broken(failed)
+        images = [image_keys.get(example.image) for example in examples]
         questions = [text_key(example.question) for example in examples]
         sources: list[tuple[VectorTable, str, _Parts]] = [
             (self._images, "image", [("image", images)])
@@ -108,11 +126,49 @@ class EmbeddingCache:
         gathered = []
         for table, only, parts in sources:
             row_of = self._rows(table, kind, only, examples, parts, f"{label}: {only}s")
+            row_of[None] = -1
             vectors = table.data()
             for part, keys in parts:
                 rows = np.array([row_of[key] for key in keys], np.int64)
                 gathered.append(Gathered(self._parts[part], vectors, rows))
+            if only == "image":
+                self._note_copies(image_keys)
         return GatheredRows(len(examples), self._dim, gathered)
+
+    def demonstrations(
+        self, examples: Sequence[Example], label: str
+    ) -> tuple[tuple[Example, ...], GatheredRows]:
+        """Embeds a bank: those of `examples` whose image can be shown, and their embeddings."""
+        rows = self.embed("bank", examples, label)
+        sound = [i for i, example in enumerate(examples) if example.image not in self.broken]
+        return tuple(examples[i] for i in sound), rows.take(sound)
+
+    def first_broken(self) -> str:
+        """Why the first broken images by name cannot be read, in one line."""
+        first = [self.broken[image] for image in sorted(self.broken)[:_NAMED]]
+        more = len(self.broken) - len(first)
+        return " | ".join(first) + (f" | and {more:,} more" if more else "")
+
+    def _note_broken(self, failed: dict[str, str]) -> None:
+        """Adds broken images; too many are an error at once, not after hours of embedding."""
+        self.broken |= failed
+        share = len(self.broken) / max(self._images_in_all, 1)
+        if failed and share > self._max_broken:
+            raise InputError(
+                f"at least {len(self.broken):,} of {self._images_in_all:,} images ({share:.2%}) "
+                f"cannot be read, more than --max_bad_images={self._max_broken:g} allows: "
+                f"{self.first_broken()}; replace the files (python -m experiments.check_data finds "
+                "all of them), or raise the flag"
+            )
+
+    def _note_copies(self, image_keys: dict[str, bytes]) -> None:
+        """Images whose content was found broken under another name."""
+        copies = {
+            image: f"image {image}: the same content as {self._reasons[key]}"
+            for image, key in image_keys.items()
+            if key in self._reasons and image not in self.broken
+        }
+        self._note_broken(copies)
 
     def _rows(
         self,
@@ -123,15 +179,16 @@ class EmbeddingCache:
         parts: _Parts,
         label: str,
     ) -> dict[bytes, int]:
-        """The row of every key of `parts`, after the missing vectors were computed."""
-        unique = list(dict.fromkeys(key for _, keys in parts for key in keys))
+        """The row of every key of `parts`, -1 for none, after the missing vectors were computed."""
+        unique = list(dict.fromkeys(k for _, keys in parts for k in keys if k is not None))
         found, damaged = table.find(unique)
         rows = dict(zip(unique, found.tolist()))
-        missing = [key for key, row in rows.items() if row < 0]
+        missing = [key for key, row in rows.items() if row < 0 and key not in self._reasons]
         if missing:
             self._compute(table, kind, only, examples, parts, set(missing), label)
+            missing = [key for key in missing if key not in self._reasons]
             found, lost = table.find(missing)
-            if lost or found.min() < 0:
+            if lost or found.min(initial=0) < 0:
                 raise InputError(
                     f"{table.path}: what was written there a moment ago cannot be read back; "
                     "give another --embeddings_dir, on a disk that works"
@@ -139,7 +196,7 @@ class EmbeddingCache:
             rows.update(zip(missing, found.tolist()))
         old = self.counts
         self.counts = Counts(
-            old.read + len(unique) - len(missing),
+            old.read + len(unique) - len(missing) - sum(key in self._reasons for key in unique),
             old.computed + len(missing),
             old.damaged + damaged,
         )
@@ -156,25 +213,32 @@ class EmbeddingCache:
         label: str,
     ) -> None:
         """Asks the workers for vectors; of the examples that share one, the first is embedded."""
-        wanted: list[tuple[int, list[tuple[str, bytes]]]] = []
+        wanted: list[tuple[Example, list[tuple[str, bytes]]]] = []
         unclaimed = set(missing)
         for i, example in enumerate(examples):
             mine = [(part, keys[i]) for part, keys in parts if keys[i] in unclaimed]
             if mine:
                 unclaimed.difference_update(key for _, key in mine)
-                wanted.append((example.id, mine))
+                wanted.append((example, mine))
         with self._bar(label, len(missing)) as advance:
             for first in range(0, len(wanted), _CALL_IDS):
                 some = wanted[first : first + _CALL_IDS]
 
-                def land(rows: np.ndarray, embeddings: np.ndarray, some=some) -> None:
-                    found = {}
-                    for row, embedding in zip(rows.tolist(), embeddings):
-                        for part, key in some[row][1]:
+                def land(rows: np.ndarray, batch: EmbedBatch, some=some) -> None:
+                    found, failed = {}, {}
+                    for i, row in enumerate(rows.tolist()):
+                        example, mine = some[row]
+                        if i in batch.reasons:
+                            failed[example.image] = batch.reasons[i]
+                            self._reasons |= {key: batch.reasons[i] for _, key in mine}
+                            continue
+                        for part, key in mine:
                             low, high = self._parts[part]
-                            found[key] = embedding[low:high]
-                    table.append(list(found), np.stack(list(found.values())))
-                    advance(len(found))
+                            found[key] = batch.embeddings[i, low:high]
+                    if found:
+                        table.append(list(found), np.stack(list(found.values())))
+                    advance(len(found) + len(failed))
+                    self._note_broken(failed)
 
-                ids = [id for id, _ in some]
+                ids = [example.id for example, _ in some]
                 self._environment.embed(f"{kind}:{only}", ids, land, _REQUEST_IDS[only])

@@ -87,24 +87,27 @@ class ContrastiveEncoder(Encoder):
             self.text_dim = model.text_model.head.out_features
 
     @torch.inference_mode()
-    def images(self, keys: Sequence[str]) -> np.ndarray:
+    def images(self, keys: Sequence[str]) -> tuple[np.ndarray, dict[str, str]]:
         """See `Encoder.images`."""
         row_of = {key: row for row, key in enumerate(dict.fromkeys(keys))}
-        out = np.empty((len(row_of), self.image_dim), np.float32)
-        unique = list(row_of)
+        out = np.zeros((len(row_of), self.image_dim), np.float32)
+        unique, failed = list(row_of), {}
         for first in range(0, len(unique), _BATCH):
             batch = []
             for key, pixels, reason in read_images(unique[first : first + _BATCH], self._pixels):
-                if reason is not None:
-                    raise InputError(reason)
-                batch.append((key, pixels))
+                if reason is None:
+                    batch.append((key, pixels))
+                else:
+                    failed[key] = reason
+            if not batch:
+                continue
             inputs = {
                 name: torch.cat([pixels[name] for _, pixels in batch]).to(self._model.device)
                 for name in batch[0][1]
             }
             pooled = self._model.get_image_features(**inputs).pooler_output
             out[[row_of[key] for key, _ in batch]] = pooled.float().cpu().numpy()
-        return out[[row_of[key] for key in keys]]
+        return out[[row_of[key] for key in keys]], failed
 
     def texts(self, texts: Sequence[str]) -> np.ndarray:
         """See `Encoder.texts`; a text beyond the model's context is cut, its end token kept."""

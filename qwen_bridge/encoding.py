@@ -28,7 +28,6 @@ from qwen_bridge.vqa.images import ImageFolders, MissingImageError
 from qwen_bridge.vqa.sources import open_dataset
 
 _RUN_FILE = "run.json"  # also named in lever_jax.demonstrations, which this half cannot import
-_BATCH = 256
 _NEW = "new"  # folder part of the key of an image that is not of the data set
 
 ImageLike = str | os.PathLike | Image.Image
@@ -42,8 +41,10 @@ class RunEncoder:
       hello: parts and width of an embedding, as a worker tells its driver.
     """
 
-    def __init__(self, dataset: Dataset, settings: dict, folder: pathlib.Path):
-        self._dataset, self._folder = dataset, folder
+    def __init__(
+        self, dataset: Dataset, settings: dict, folder: pathlib.Path, max_broken: float = 0.0
+    ):
+        self._dataset, self._folder, self._max_broken = dataset, folder, max_broken
         self._pictures: dict[str, Image.Image] = {}
         # The network reads new pictures and those of the data set through one function.
         everything = dataclasses.replace(dataset, load_image=self._load)
@@ -79,7 +80,9 @@ class RunEncoder:
         worker = run["worker"]
         settings = {**worker, "device": device, "model": resolve_model(worker["model"])}
         folder = pathlib.Path(run["embeddings_dir"])
-        return cls(open_dataset(settings["dataset"]), settings, folder)
+        # Runs that are older than the flag allowed no broken image.
+        max_broken = run.get("max_bad_images", 0.0)
+        return cls(open_dataset(settings["dataset"]), settings, folder, max_broken)
 
     def demonstration(self, id: int) -> Example:
         """Returns the demonstration of the run with this id: image key, question, answers."""
@@ -92,11 +95,15 @@ class RunEncoder:
     def bank(self) -> tuple[np.ndarray, tuple[str, ...], np.ndarray]:
         """Returns ids int64 [N], image keys and float32 [N, D] embeddings of the demonstrations.
 
-        The embeddings may lie on the disk, and be read where they are indexed.
+        As in the run, those whose image cannot be read are left out. The embeddings may lie on the
+        disk, and be read where they are indexed.
+
+        Raises:
+          InputError: more images cannot be read than the run allows.
         """
-        bank = self._dataset.bank
-        with EmbeddingCache(self._folder, self, self._dataset, _no_bar) as cache:
-            rows = cache.embed("bank", bank, "embed the bank")
+        cache = EmbeddingCache(self._folder, self, self._dataset, _no_bar, self._max_broken)
+        with cache:
+            bank, rows = cache.demonstrations(self._dataset.bank, "embed the bank")
         ids = np.array([example.id for example in bank], np.int64)
         return ids, tuple(example.image for example in bank), rows
 
@@ -122,17 +129,20 @@ class RunEncoder:
         keys = [self._key(image) for image in images]
         examples = [Example(i, k, q, ("",)) for i, (k, q) in enumerate(zip(keys, questions))]
         try:
-            return keys, self._embedder.embed(examples, "query")
+            embedded = self._embedder.embed(examples, "query")
         except PromptError as error:
             raise InputError(str(error)) from error
         finally:
             self._pictures.clear()
+        if embedded.reasons:
+            raise InputError(next(iter(embedded.reasons.values())))
+        return keys, embedded.embeddings
 
-    def embed(self, kind: str, ids: Sequence[int], on_batch) -> None:
+    def embed(self, kind: str, ids: Sequence[int], on_batch, batch_size: int = 64) -> None:
         """Embeds examples of the run, as `client.Environment.embed` does; for the cache on disk."""
         split = kind.partition(":")[0]
-        for first in range(0, len(ids), _BATCH):
-            rows = np.arange(first, min(first + _BATCH, len(ids)))
+        for first in range(0, len(ids), batch_size):
+            rows = np.arange(first, min(first + batch_size, len(ids)))
             examples = [self._dataset.example(split, int(ids[row])) for row in rows]
             on_batch(rows, self._embedder.embed(examples, kind))
 
@@ -143,7 +153,7 @@ class RunEncoder:
         """Key of a new picture, which is kept until it is embedded."""
         if self._bank_keys is None:
             shown = [example.image for example in self._dataset.bank]
-            known = self._keys.of(self._dataset, shown)
+            known, _ = self._keys.of(self._dataset, shown)
             self._bank_keys = {content: key for key, content in known.items()}
         if isinstance(image, Image.Image):
             picture = image.convert("RGB")

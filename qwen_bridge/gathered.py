@@ -5,6 +5,7 @@ Written out as rows, their embeddings by the 3B model would take 9.5 GB; as vect
 some 2 GB, of which the operating system keeps in memory what is being used.
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -18,7 +19,7 @@ class Gathered(NamedTuple):
     Attributes:
       columns: [first, past-the-last) of the part.
       vectors: float32 `[M, width]`, usually memory-mapped.
-      rows: int64 `[N]`, which vector each embedding has.
+      rows: int64 `[N]`, which vector each embedding has; -1 for none, which is zeros.
     """
 
     columns: tuple[int, int]
@@ -67,9 +68,16 @@ class GatheredRows:
         for (low, high), vectors, where in self._parts:
             start, stop = max(low, first), min(high, last)
             if start < stop:
-                part = vectors[where[chosen]]
-                out[..., start - first : stop - first] = part[..., start - low : stop - low]
+                picked = where[chosen]
+                known = picked >= 0
+                part = vectors[picked[known]]
+                out[..., start - first : stop - first][known] = part[:, start - low : stop - low]
         return out
+
+    def take(self, rows: Sequence[int]) -> "GatheredRows":
+        """Some of the rows, as they stay on the disk."""
+        parts = [part._replace(rows=part.rows[rows]) for part in self._parts]
+        return GatheredRows(len(rows), self.shape[1], parts)
 
     def __array__(self, dtype=None, copy=None) -> np.ndarray:
         if copy is False:
@@ -91,7 +99,7 @@ class GatheredRows:
             raise ValueError(f"mean(axis={axis}, out={out!r}): only axis=0 into a new array")
         total = np.zeros(self.shape[1], np.float64)
         for (low, high), vectors, rows in self._parts:
-            uses = np.bincount(rows, minlength=len(vectors)).astype(np.float64)
+            uses = np.bincount(rows[rows >= 0], minlength=len(vectors)).astype(np.float64)
             for first in range(0, len(vectors), _BLOCK):
                 block = slice(first, first + _BLOCK)
                 if uses[block].any():

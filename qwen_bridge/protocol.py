@@ -1,9 +1,9 @@
 """What crosses the bridge in a slot: prompts one way, scores and answers the other.
 
-A scorer returns a `ScoreBatch` or an `AnswerBatch`; their numbers travel as arrays in a slot of
-shared memory, their words in the control frame beside it (see `messages.py`). Where an array lies
-follows from the verb and the counts alone, so no offset of a peer is ever trusted. Both ends
-check everything they receive: what is malformed is a `ProtocolError` that names the fault.
+A scorer returns an `EmbedBatch`, a `ScoreBatch` or an `AnswerBatch`; their numbers travel as arrays
+in a slot of shared memory, their words in the control frame beside it (see `messages.py`). Where an
+array lies follows from the verb and the counts alone, so no offset of a peer is ever trusted. Both
+ends check everything they receive: what is malformed is a `ProtocolError` that names the fault.
 """
 
 from collections.abc import Mapping, Sequence
@@ -37,6 +37,25 @@ _ROUNDING = 1e-3
 
 class ProtocolError(ValueError):
     """The other end sent something malformed; the message names the field and the value."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class EmbedBatch:
+    """Embeddings of n examples.
+
+    A row in `reasons` has an image that cannot be read: its image part is zero and stands for
+    nothing, so whoever uses the row has to look there first. Its text parts are as they should be.
+
+    Attributes:
+      embeddings: [n, D] float32.
+      reasons: row -> why its image could not be embedded.
+    """
+
+    embeddings: np.ndarray
+    reasons: dict[int, str] = field(default_factory=dict)
+
+    def __len__(self) -> int:
+        return len(self.embeddings)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -250,11 +269,14 @@ def check_prompts(queries, pointers) -> tuple[np.ndarray, np.ndarray]:
     return queries, pointers
 
 
-def check_embeddings(embeddings, rows: int, columns: int) -> np.ndarray:
-    """[N, D] finite float32."""
-    embeddings = _floats("embeddings", embeddings, (rows, columns))
+def check_embed(batch, rows: int, columns: int) -> EmbedBatch:
+    """An `EmbedBatch` of exactly `rows` examples, finite also where an image has a reason."""
+    if not isinstance(batch, EmbedBatch):
+        raise ProtocolError(f"embed returned {type(batch).__name__}, not an EmbedBatch")
+    reasons, _ = _check_reasons(batch.reasons, rows)
+    embeddings = _floats("embeddings", batch.embeddings, (rows, columns))
     _require("embeddings", embeddings, np.isfinite(embeddings), "finite")
-    return embeddings
+    return EmbedBatch(embeddings, reasons)
 
 
 def check_score(batch, rows: int) -> ScoreBatch:
@@ -321,14 +343,14 @@ def _check_judged(batch, rows: int, answered: np.ndarray) -> dict[str, np.ndarra
 def check_result(verb: str, result, rows: int, embedding_dim: int):
     """What a scorer returned for one request, checked and of the dtypes of the wire."""
     if verb == "embed":
-        return check_embeddings(result, rows, embedding_dim)
+        return check_embed(result, rows, embedding_dim)
     return check_score(result, rows) if verb == "score" else check_answer(result, rows)
 
 
 def split_result(verb: str, result) -> tuple[int, dict[str, np.ndarray], list[str], dict]:
     """A checked result as (columns, arrays, texts, reasons): numbers for the slot, words not."""
     if verb == "embed":
-        return result.shape[1], {"embeddings": result}, [], {}
+        return result.embeddings.shape[1], {"embeddings": result.embeddings}, [], result.reasons
     columns = result.answer_log_probs.shape[1] if verb == "score" else 0
     names = (spec.name for spec in result_arrays(verb, 0, 0))
     return columns, {name: getattr(result, name) for name in names}, result.texts, result.reasons
@@ -337,7 +359,7 @@ def split_result(verb: str, result) -> tuple[int, dict[str, np.ndarray], list[st
 def join_result(verb: str, arrays: Mapping[str, np.ndarray], texts: list[str], reasons: dict):
     """The inverse of `split_result`, still to be checked."""
     if verb == "embed":
-        return arrays["embeddings"]
+        return EmbedBatch(arrays["embeddings"], reasons)
     return (ScoreBatch if verb == "score" else AnswerBatch)(texts=texts, reasons=reasons, **arrays)
 
 

@@ -21,6 +21,7 @@ from qwen_bridge.prompts import PromptError
 from qwen_bridge.protocol import (
     OTHER_ANSWER,
     AnswerBatch,
+    EmbedBatch,
     ScoreBatch,
     empty_answer,
     empty_score,
@@ -158,7 +159,7 @@ class PromptScorer(abc.ABC):
         """Column ranges of the parts of an embedding."""
         return self.embedder.parts
 
-    def embed(self, kind: str, ids: np.ndarray) -> np.ndarray:
+    def embed(self, kind: str, ids: np.ndarray) -> EmbedBatch:
         """Embeds examples, see `Embedder.embed`."""
         split, _, _ = kind.partition(":")
         return self.embedder.embed([self.dataset.example(split, int(i)) for i in ids], kind)

@@ -168,24 +168,20 @@ class VisionCache:
         self._failed.update(failed)
         return features, failed
 
-    def means(self, keys: Sequence[str]) -> np.ndarray:
-        """Returns float32 `[N, vision_hidden]`: means over patches before the merger.
+    def means(self, keys: Sequence[str]) -> tuple[np.ndarray, dict[str, str]]:
+        """Means over patches before the merger: float32 `[N, vision_hidden]`, and reasons by key.
 
-        Nothing is kept: an embedding is needed once, and a bank of images would fill any memory.
-
-        Raises:
-          InputError: an image cannot be read.
+        An image that cannot be read is zero and has a reason. Nothing is kept: an embedding is
+        needed once, and a bank of images would fill any memory.
         """
         row_of = {key: row for row, key in enumerate(dict.fromkeys(keys))}
-        means = np.empty((len(row_of), self._visual.config.hidden_size), np.float32)
+        means = np.zeros((len(row_of), self._visual.config.hidden_size), np.float32)
         failed: dict[str, str] = {}
         for batch in self._batches(list(row_of), failed):
             states = self._run(batch).last_hidden_state.split([len(p) for _, p, _ in batch])
             rows = [row_of[key] for key, _, _ in batch]
             means[rows] = torch.stack([h.float().mean(0) for h in states]).cpu().numpy()
-        if failed:
-            raise InputError(next(iter(failed.values())))
-        return means[[row_of[key] for key in keys]]
+        return means[[row_of[key] for key in keys]], failed
 
     def patches(self, key: str) -> tuple[np.ndarray, tuple[int, int, int]]:
         """Reads one image: float32 `[patches, patch_dim]` pixels and its (t, h, w) patch grid.

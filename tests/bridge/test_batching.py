@@ -5,11 +5,12 @@ import pytest
 
 from qwen_bridge.batching import (
     assemble_answer,
+    assemble_embed,
     assemble_score,
     home_worker,
     plan_batches,
 )
-from qwen_bridge.protocol import failed_answer, failed_score
+from qwen_bridge.protocol import EmbedBatch, failed_answer, failed_score
 
 
 def plan(queries, affinity, size):
@@ -59,6 +60,16 @@ def test_home_is_stable_and_spread():
         assert (after[moved] == workers).all()
         assert 0 < moved.mean() < 2.0 / (workers + 1)
     assert [home_worker(key, 1) for key in (-5, 0, 2**63 - 1)] == [0, 0, 0]
+
+
+def test_embeddings_are_put_together_with_their_reasons():
+    pieces = [
+        (np.array([2, 0]), EmbedBatch(np.array([[1, 2], [0, 4]], np.float32), {1: "gone"})),
+        (np.array([1]), EmbedBatch(np.array([[5, 6]], np.float32))),
+    ]
+    whole = assemble_embed(3, 2, pieces)
+    assert whole.embeddings.tolist() == [[0, 4], [5, 6], [1, 2]]
+    assert whole.reasons == {0: "gone"}
 
 
 def test_assembly_takes_the_widest_and_keeps_reasons():

@@ -55,9 +55,10 @@ def test_round_trips(shared):
     np.testing.assert_array_equal(answers.accuracy, EXPECTED_ANSWERS.accuracy)
     np.testing.assert_array_equal(answers.similarity, EXPECTED_ANSWERS.similarity)
     ids = np.arange(100)[::-1]
-    embeddings = shared.embed("bank", ids, batch_size=16)
+    embedded = shared.embed("bank", ids, batch_size=16)
+    embeddings = embedded.embeddings
     np.testing.assert_array_equal(embeddings[:, 2], trivial_scorer.hashed(ids, ids * 0 + 2))
-    assert (embeddings.dtype, embeddings.shape) == (np.float32, (100, 6))
+    assert (embeddings.dtype, embeddings.shape, embedded.reasons) == (np.float32, (100, 6), {})
     after = shared.stats
     grown = {name: after[name] - before[name] for name in before if name != "busy_s"}
     assert grown == {
@@ -75,7 +76,7 @@ def test_nothing_to_do_and_zero_shot(shared):
     before = shared.stats["requests"]
     assert len(shared.score([], np.zeros((0, 2), np.int64))) == 0
     assert len(shared.answer([], np.zeros((0, 2)))) == 0
-    assert shared.embed("query", []).shape == (0, 6)
+    assert shared.embed("query", []).embeddings.shape == (0, 6)
     assert shared.stats["requests"] == before
     none = shared.score([1, 2], np.zeros((2, 0), np.int64))
     np.testing.assert_array_equal(none.gt_prob, shared.score([1, 2], [[-1], [-1]]).gt_prob)
@@ -105,6 +106,17 @@ def test_rows_with_a_reason_come_back_as_such(shared):
     assert scores.reasons == {3: "no image for 1005", 77: "no image for 1006"}
     answers = shared.answer(queries, POINTERS)
     assert np.flatnonzero(np.isnan(answers.accuracy)).tolist() == [3, 77]
+    seen = {}
+    embedded = shared.embed(
+        "query",
+        queries,
+        lambda rows, batch: seen.update({int(rows[i]): why for i, why in batch.reasons.items()}),
+        batch_size=16,
+    )
+    assert embedded.reasons == seen == scores.reasons
+    assert not embedded.embeddings[[3, 77], :2].any()
+    assert embedded.embeddings[:, 2:].all()
+    assert np.delete(embedded.embeddings, [3, 77], axis=0).all()
 
 
 def test_out_of_memory_shrinks_the_batch(shared):
@@ -185,7 +197,7 @@ def test_affinity_keeps_a_pool_together(shared):
 
 def test_batches_shrink_to_the_slot(environment):
     env = environment({"embedding_dim": 200}, slot_bytes=4096)
-    embeddings = env.embed("query", np.arange(30), batch_size=64)
+    embeddings = env.embed("query", np.arange(30), batch_size=64).embeddings
     np.testing.assert_array_equal(
         embeddings[:, 199], trivial_scorer.hashed(np.arange(30), np.full(30, 199))
     )
@@ -256,7 +268,7 @@ def test_a_killer_does_not_hide_among_the_embedded(environment, monkeypatch):
     env = environment({"faults": [{"fault": "crash_before", "query": 5}]})
     with pytest.raises(WorkerError, match="bank id 5 could not be embedded"):
         env.embed("bank", np.arange(8), batch_size=1)
-    assert env.embed("bank", [1, 2]).shape == (2, 6)
+    assert env.embed("bank", [1, 2]).embeddings.shape == (2, 6)
 
 
 def test_hang(environment, tmp_path, capfd):

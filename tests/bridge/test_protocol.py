@@ -28,10 +28,11 @@ from qwen_bridge.protocol import (
     MAX_ROWS,
     VERBS,
     AnswerBatch,
+    EmbedBatch,
     ProtocolError,
     ScoreBatch,
     check_answer,
-    check_embeddings,
+    check_embed,
     check_ids,
     check_prompts,
     check_score,
@@ -285,10 +286,29 @@ def test_malformed_prompts_are_named(queries, pointers, names):
 
 def test_ids_and_embeddings():
     assert check_ids([3]).tolist() == [3]
-    with pytest.raises(ProtocolError, match="finite"):
-        check_embeddings(np.array([[1.0, np.inf]]), 1, 2)
-    with pytest.raises(ProtocolError, match=r"float of shape \(1, 3\)"):
-        check_embeddings(np.ones((1, 2)), 1, 3)
+    rows = np.array([[1.0, 2.0], [0.0, 0.0]])
+    checked = check_embed(EmbedBatch(rows, {np.int64(1): "no such image"}), 2, 2)
+    assert (checked.embeddings.dtype, checked.reasons) == (np.float32, {1: "no such image"})
+    np.testing.assert_array_equal(checked.embeddings, rows)
+    for wrong, words in [
+        (EmbedBatch(np.array([[1.0, np.inf]])), "finite"),
+        (EmbedBatch(np.array([[1.0, np.nan]]), {0: "a reason does not excuse it"}), "finite"),
+        (EmbedBatch(np.ones((1, 3))), r"float of shape \(1, 2\)"),
+        (EmbedBatch(np.ones((1, 2)), {1: "x"}), "reasons names row 1 of 1"),
+        (EmbedBatch(np.ones((1, 2)), {0: ""}), "must say why"),
+        (np.ones((1, 2)), "embed returned ndarray"),
+    ]:
+        with pytest.raises(ProtocolError, match=words):
+            check_embed(wrong, 1, 2)
+
+
+def test_an_embed_batch_survives_the_wire():
+    batch = EmbedBatch(np.array([[1.0, 2.0], [0.0, 3.0]], np.float32), {1: "broken"})
+    columns, arrays, texts, reasons = split_result("embed", batch)
+    assert (columns, texts) == (2, [])
+    back = join_result("embed", arrays, texts, reasons)
+    np.testing.assert_array_equal(back.embeddings, batch.embeddings)
+    assert (back.reasons, len(back)) == ({1: "broken"}, 2)
 
 
 def test_good_batches_are_cast_and_kept():

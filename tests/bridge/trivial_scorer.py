@@ -13,7 +13,7 @@ import numpy as np
 from faults.injection import Faulty, hashed
 
 from qwen_bridge.errors import InputError
-from qwen_bridge.protocol import AnswerBatch, ScoreBatch
+from qwen_bridge.protocol import AnswerBatch, EmbedBatch, ScoreBatch
 
 
 def build(settings: dict):
@@ -54,8 +54,12 @@ class TrivialScorer:
         self.notes = []
 
     def embed(self, kind, ids):
-        """[N, D], column d from id and d."""
-        return np.stack([hashed(ids, ids * 0 + d) for d in range(self.embedding_dim)], axis=1)
+        """[N, D], column d from id and d; the image part of an unscorable id is zero."""
+        rows = np.stack([hashed(ids, ids * 0 + d) for d in range(self.embedding_dim)], axis=1)
+        unscorable = self._settings.get("unscorable", ())
+        reasons = {i: f"no image for {id_}" for i, id_ in enumerate(ids) if id_ in unscorable}
+        rows[list(reasons), slice(*self.parts["image"])] = 0.0
+        return EmbedBatch(rows, reasons)
 
     def score(self, queries, pointers):
         """Scores by hash; queries have one to four ground truths."""

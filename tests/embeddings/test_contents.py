@@ -12,7 +12,7 @@ from qwen_bridge import contents
 from qwen_bridge.contents import ImageKeys, pixels_key, text_key
 from qwen_bridge.errors import InputError
 from qwen_bridge.vqa.examples import Dataset, Example
-from qwen_bridge.vqa.images import ImageFolders, MissingImageError
+from qwen_bridge.vqa.images import ImageFolders
 
 SILENT = []
 
@@ -46,7 +46,7 @@ def folder(tmp_path, monkeypatch):
 
     def keys():
         reads.clear()
-        found = ImageKeys(tmp_path / "cache" / "files.sqlite", counting_bar).of(data, names)
+        found, _ = ImageKeys(tmp_path / "cache" / "files.sqlite", counting_bar).of(data, names)
         return [found[name] for name in names], sorted(pathlib.Path(path).name for path in reads)
 
     return images, keys
@@ -77,11 +77,31 @@ def test_a_changed_file_is_read_again(folder):
     assert keys() == (after, ["1.png"])
 
 
-def test_a_missing_file_is_named(folder):
-    images, keys = folder
-    (images / "1.png").unlink()
-    with pytest.raises(MissingImageError, match=r"1.png: no such image; check --bank_images"):
-        keys()
+def test_files_that_cannot_be_read_are_named_and_the_others_have_keys(tmp_path):
+    images, outside = tmp_path / "images", tmp_path / "outside.png"
+    images.mkdir()
+    picture(0).save(images / "0.png")
+    picture(1).save(outside)
+    (images / "empty.png").write_bytes(b"")
+    (images / "folder.png").mkdir()
+    (images / "link.png").symlink_to(outside)
+    names = [f"bank/{name}.png" for name in ("0", "gone", "empty", "folder", "link")]
+    keys = ImageKeys(tmp_path / "files.sqlite", counting_bar)
+    data = dataset(ImageFolders({"bank": images}))
+    found, failed = keys.of(data, names)
+    assert set(found) == {"bank/0.png", "bank/empty.png"}  # whether it is a picture is not asked
+    assert "gone.png: no such image; check --bank_images" in failed.pop("bank/gone.png")
+    assert "folder.png: the image file cannot be read (Is a directory)" in failed.pop(
+        "bank/folder.png"
+    )
+    reason = failed.pop("bank/link.png")
+    assert reason.startswith("image bank/link.png: ")
+    assert "out of the image folder" in reason
+    assert not failed
+    picture(2).save(images / "gone.png")  # mended: what failed was not remembered
+    again, failed = keys.of(data, names)
+    assert set(failed) == {"bank/folder.png", "bank/link.png"}
+    assert again.keys() - found.keys() == {"bank/gone.png"}
 
 
 def test_a_broken_memory_is_named(folder, tmp_path):
@@ -95,7 +115,10 @@ def test_a_broken_memory_is_named(folder, tmp_path):
 def test_generated_pictures_count_by_pixels(tmp_path):
     pictures = {"a": picture(0), "b": picture(1), "same": picture(0), "wide": picture(0, (5, 6))}
     data = dataset(pictures.__getitem__)
-    keys = ImageKeys(tmp_path / "none" / "files.sqlite", counting_bar).of(data, list(pictures))
+    keys, failed = ImageKeys(tmp_path / "none" / "files.sqlite", counting_bar).of(
+        data, list(pictures)
+    )
+    assert failed == {}
     assert keys["a"] == keys["same"]
     assert len(set(keys.values())) == 3
     assert not (tmp_path / "none").exists()

@@ -8,6 +8,7 @@ import pytest
 
 from qwen_bridge.embedding_cache import EmbeddingCache
 from qwen_bridge.errors import InputError
+from qwen_bridge.protocol import EmbedBatch
 from qwen_bridge.vqa.digits import DigitsConfig, load_digits_world
 
 PARTS = {"image": (0, 4), "question": (4, 7), "answer": (7, 10)}
@@ -57,7 +58,8 @@ class Workers:
             examples = [self._dataset.example(split, int(i)) for i in some]
             self.asked[kind] += len(some)
             rows = np.arange(first, first + len(some))
-            on_batch(rows, np.stack([self.row(kind, example) for example in examples]))
+            made = [self.row(kind, example) for example in examples]
+            on_batch(rows, EmbedBatch(np.stack(made)))
 
 
 @pytest.fixture(scope="module")

@@ -16,8 +16,8 @@ def both(request):
     plain = np.zeros((count, dim), np.float32)
     gathered = []
     for (low, high), vectors in parts:
-        rows = rng.integers(0, 20, count)
-        plain[:, low:high] = vectors[rows]
+        rows = rng.integers(-1, 20, count)  # -1: no vector
+        plain[:, low:high] = np.where(rows[:, None] >= 0, vectors[rows], 0.0)
         gathered.append(Gathered((low, high), vectors, rows))
     return GatheredRows(count, dim, gathered), plain
 
@@ -46,6 +46,23 @@ def test_it_becomes_an_array_and_has_its_mean(both):
             np.mean(rows, axis=0, dtype=np.float64), plain.mean(0, dtype=np.float64), atol=1e-12
         )
         assert rows.mean(axis=0, dtype=np.float32).dtype == np.float32
+
+
+def test_some_rows_are_taken(both):
+    rows, plain = both
+    some = np.random.default_rng(2).permutation(len(plain))[: len(plain) // 2].tolist()
+    taken = rows.take(some)
+    assert taken.shape == plain[some].shape
+    np.testing.assert_array_equal(np.asarray(taken), plain[some])
+    assert rows.take([]).shape == (0, 12)
+
+
+def test_no_vectors_at_all_are_zeros():
+    part = Gathered((1, 3), np.zeros((0, 2), np.float32), np.full(4, -1))
+    rows = GatheredRows(4, 5, [part])
+    assert not np.asarray(rows).any()
+    assert rows[2].shape == (5,)
+    assert not rows.mean().any()
 
 
 def test_what_it_cannot_do_is_an_error(both):

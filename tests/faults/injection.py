@@ -183,9 +183,10 @@ def _do(name: str, result):
         raise MemoryError("the batch does not fit")
     elif name == "lost_device":
         raise RuntimeError("CUDA error: device-side assert triggered")
-    elif isinstance(result, np.ndarray):
-        changed = {"wrong_shape": result[:, 1:], "wrong_rows": result[1:], "nan": result * np.nan}
-        return changed[name]
+    elif hasattr(result, "embeddings"):
+        rows = result.embeddings
+        changed = {"wrong_shape": rows[:, 1:], "wrong_rows": rows[1:], "nan": rows * np.nan}
+        return type(result)(changed[name], result.reasons)
     elif name == "wrong_shape":
         result.similarity.shape = (1, -1)
     elif name == "wrong_rows":

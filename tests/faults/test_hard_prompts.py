@@ -1,16 +1,22 @@
 """Corrupt images and prompts that crash the worker: exactly those fail, with reasons."""
 
 import json
+import re
+import shutil
+import subprocess
+import sys
 
 import mining_job
 import numpy as np
 import pytest
+from conftest import SMALL
 from faults.injection import chosen
 from worker_settings import SETTINGS
 
 from lever_jax.scoring import ScoringService
 from lever_jax.store import Store
 from qwen_bridge.client import Environment
+from qwen_bridge.errors import InputError
 from qwen_bridge.vqa.sources import open_dataset
 
 SEED, KILLING, CORRUPT = 5, 0.01, 0.1
@@ -133,3 +139,98 @@ def test_corrupt_images_and_prompts_that_kill_the_embedded_model(tmp_path, story
         f"{len(bad)} of {len(images)} images corrupt, {kills.sum()} of {len(queries)} prompts kill "
         f"the worker: those {len(reasons)} eval_failed, {stats['restarts']} restarts"
     )
+
+
+@pytest.mark.faults
+def test_a_run_over_corrupt_images(tmp_path, story):
+    """The real entry point: broken demonstrations are in no pool, broken queries fail by name.
+
+    All else is, record for record, what a run over sound files without these demonstrations gives.
+    """
+    rng = np.random.default_rng(SEED)
+    world = open_dataset({"kind": "digits", "seed": 0, "bank": 120, "train": 32, "eval": 1})
+    given, whole = tmp_path / "given", tmp_path / "whole"
+    given.mkdir()
+    for role, examples in (("bank", world.bank), ("query", world.train)):
+        files_of(world, role, examples, given / role)
+    shutil.copytree(given, whole)
+    for role in ("bank", "query"):
+        files = sorted((given / role).glob("*.png"))
+        for place in rng.choice(len(files), round(CORRUPT * len(files)), replace=False):
+            corrupt(files[place], rng)
+    data = {"kind": "jsonl", "num_train": 24, "num_eval": 8, "seed": 0}
+    data |= {"bank_images": "", "query_images": "", **jsonl(given)}
+    dataset = open_dataset(data)
+    images = {one.image for one in dataset.bank + dataset.train + dataset.eval}
+    broken = {image for image in images if not readable(dataset, image)}
+    assert len(broken) == 12 + 3
+
+    def mine(workdir, folder, *flags):
+        command = [sys.executable, "-m", "experiments.mine", *SMALL, "--dataset=jsonl"]
+        command += [f"--{name}={path}" for name, path in jsonl(folder).items()]
+        command += [f"--workdir={tmp_path / workdir}", *flags]
+        return subprocess.run(command, capture_output=True, text=True, timeout=600, check=False)
+
+    def stored(workdir):
+        with Store.open(tmp_path / workdir / "store.sqlite", None, read_only=True) as store:
+            assert store.verify() == []
+            queries = np.array([example.id for example in dataset.train + dataset.eval])
+            pools, _ = store.get_pools(queries)
+            records = {(record.query_id, record.pointer): record for record in store.iter_scores()}
+            return dict(zip(queries.tolist(), pools.tolist())), records
+
+    refused = mine("refused", given)
+    assert refused.returncode == 2
+    (line,) = refused.stderr.strip().splitlines()
+    begins = (
+        r"error: at least \d+ of 152 images \(.*%\) cannot be read, more than --max_bad_images="
+    )
+    assert re.match(begins + r"0\.01 allows: image (bank|query)/.*\.png: ", line)
+    assert line.endswith("or raise the flag")
+
+    for _ in range(2):  # The second asks for the same pools, and finds everything in the store.
+        done = mine("run", given, "--max_bad_images=0.2")
+        assert done.returncode == 0, done.stderr
+        (said,) = [line for line in done.stdout.splitlines() if "images cannot be read" in line]
+        assert "  15 images cannot be read, so 12 demonstrations are in no pool and every " in said
+        assert said.count(" | ") == 3
+    pools, records = stored("run")
+    bank = {example.id: example.image for example in dataset.bank}
+    assert not broken & {bank[i] for pool in pools.values() for i in pool}
+    asked = {example.id: example.image for example in dataset.train}
+    lost = {query for query, image in asked.items() if image in broken}
+    assert lost
+    assert {query for query, _ in records} == asked.keys()
+    failed = [record for (query, _), record in records.items() if query in lost]
+    for record in failed:
+        assert asked[record.query_id].removeprefix("query/") in record.eval_failed
+
+    lines = (whole / "bank" / "bank.jsonl").read_text().splitlines(keepends=True)
+    sound = [line for line in lines if f"bank/{json.loads(line)['image']}" not in broken]
+    (whole / "bank" / "bank.jsonl").write_text("".join(sound))
+    assert mine("clean", whole).returncode == 0
+    clean_pools, clean = stored("clean")
+    unread = {example.id for example in dataset.train + dataset.eval if example.image in broken}
+    for query in pools.keys() - unread:
+        assert pools[query] == clean_pools[query]
+    rest = [key for key in records if key[0] not in lost]
+    assert set(rest) == {key for key in clean if key[0] not in lost}
+    compare([records[k] for k in rest], [clean[k] for k in rest], np.zeros(len(rest), bool))
+    story.append(
+        f"experiments.mine: {len(broken)} of {len(images)} images corrupt: {len(failed)} of "
+        f"{len(records)} prompts eval_failed, those of {len(lost)} queries; the rest as clean"
+    )
+
+
+def jsonl(folder):
+    """The data of a folder with `bank` and `query` in it, as flags name them."""
+    return {f"{role}_jsonl": str(folder / role / f"{role}.jsonl") for role in ("bank", "query")}
+
+
+def readable(dataset, image):
+    """Whether a picture can be decoded."""
+    try:
+        dataset.load_image(image)
+    except InputError:
+        return False
+    return True

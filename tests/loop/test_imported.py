@@ -20,7 +20,7 @@ from lever_jax.rl_json import read_rl_json
 REWARD = RewardConfig("hard_plus_soft")
 
 
-def run_of(world, *, pools=True):
+def run_of(world, *, pools=True, broken=frozenset()):
     """The small world as `fit_to_run` sees it; its query 1000 + i is on the picture q1000 + i."""
     queries = world.queries
     row_of = {query_id: row for row, query_id in enumerate(queries.query_ids.tolist())}
@@ -30,6 +30,7 @@ def run_of(world, *, pools=True):
         held_out=frozenset({2000}),
         bank={**bank, 99: "q1003"},
         pools=(lambda i: queries.pool_ids[row_of[i]].tolist()) if pools else None,
+        broken=broken,
     )
 
 
@@ -47,10 +48,10 @@ def entries(tmp_path, queries, **options):
     return read_rl_json(path, pointers="global", unlabelled=True, **options)[1]
 
 
-def fitted(world, tmp_path, queries, *, partial=False, shots=2, pools=True):
+def fitted(world, tmp_path, queries, *, partial=False, shots=2, pools=True, broken=frozenset()):
     return fit_to_run(
         entries(tmp_path, queries),
-        run_of(world, pools=pools),
+        run_of(world, pools=pools, broken=broken),
         shots=shots,
         partial=partial,
         place="theirs.json",
@@ -132,6 +133,26 @@ def test_a_dropped_candidate_takes_its_pointers_along(make_world, tmp_path):
     assert data.pools == [(1, 2)]
     assert data.pointers.tolist() == [[2, 1]]
     assert data.left_out["pointers outside of their pool"] == 2
+
+
+@pytest.mark.parametrize("partial", [False, True])
+def test_what_has_a_broken_image_is_left_out_and_counted(make_world, tmp_path, partial):
+    world = make_world()
+    image_of = dict(zip(world.bank.ids.tolist(), world.bank.images, strict=True))
+    broken = frozenset({image_of[5], "q1001"})
+    queries = {
+        1001: ([1, 2], [one(1, 2)]),
+        1002: ([5, 3, 2], [one(5, 3), one(3, 2)]),
+        1004: ([5, 3], [one(3, 5)]),
+    }
+    data = fitted(world, tmp_path, queries, partial=partial, broken=broken)
+    assert data.queries.tolist() == [1002]
+    assert (data.pools, data.pointers.tolist()) == ([(3, 2)], [[3, 2]])
+    assert data.left_out == {
+        "queries whose image cannot be read": 1,
+        "candidates whose image cannot be read": 2,
+        "pointers with an image that cannot be read": 2,
+    }
 
 
 def test_another_question_under_the_same_id_is_always_refused(make_world, tmp_path):

@@ -75,7 +75,7 @@ def test_embeddings_of_new_queries_are_those_of_the_run(encoder, queries):
     some = list(queries.items())[:5]
     _, new = encoder.queries([image for _, (image, _) in some], [q for _, (_, q) in some])
     known = []
-    encoder.embed("query", [i for i, _ in some], lambda rows, vectors: known.append(vectors))
+    encoder.embed("query", [i for i, _ in some], lambda rows, batch: known.append(batch.embeddings))
     np.testing.assert_allclose(new, np.concatenate(known), rtol=0, atol=1e-5)
 
 

@@ -34,7 +34,7 @@ def plain_text_vector(scorer, text):
 def test_texts_equal_the_model_one_at_a_time(make_scorer):
     scorer = make_scorer()
     bank = scorer.dataset.bank[:70]
-    rows = scorer.embed("bank", ids_of(bank))
+    rows = scorer.embed("bank", ids_of(bank)).embeddings
     for i in range(0, 70, 9):
         for part, text in (("question", bank[i].question), ("answer", bank[i].answer)):
             expected = plain_text_vector(scorer, text)
@@ -45,12 +45,37 @@ def test_parts_asked_for_apart_are_those_of_the_whole(make_scorer):
     scorer = make_scorer()
     for kind, examples in (("bank", scorer.dataset.bank), ("query", scorer.dataset.eval)):
         ids = ids_of(examples[:40])
-        whole = scorer.embed(kind, ids)
-        images, texts = scorer.embed(f"{kind}:image", ids), scorer.embed(f"{kind}:text", ids)
+        whole, images, texts = (
+            scorer.embed(f"{kind}{only}", ids).embeddings for only in ("", ":image", ":text")
+        )
         np.testing.assert_allclose(images + texts, whole, atol=1e-6)
         assert not columns(scorer, images, "question").any()
         assert not columns(scorer, texts, "image").any()
         assert columns(scorer, whole, "answer").any() == (kind == "bank")
+
+
+def test_an_image_that_cannot_be_read_leaves_its_part_zero(make_scorer):
+    scorer = make_scorer()
+    first, second, third = scorer.dataset.bank[:3]
+    broken = dataclasses.replace(second, image="nowhere")
+    load = scorer.factory.vision._load
+
+    def refuse(key):
+        if key == "nowhere":
+            raise InputError("nowhere.jpg: no such image")
+        return load(key)
+
+    scorer.factory.vision._load = refuse
+    whole = scorer.embedder.embed([first, second, third], "bank").embeddings
+    batch = scorer.embedder.embed([first, broken, third, broken], "bank")
+    reason = "image nowhere: nowhere.jpg: no such image"
+    assert batch.reasons == {1: reason, 3: reason}
+    assert not columns(scorer, batch.embeddings, "image")[[1, 3]].any()
+    np.testing.assert_allclose(batch.embeddings[[0, 2]], whole[[0, 2]], atol=1e-5)
+    for part in ("question", "answer"):
+        ours, theirs = (columns(scorer, rows, part)[1] for rows in (batch.embeddings, whole))
+        np.testing.assert_allclose(ours, theirs, atol=1e-5)
+    assert scorer.embedder.embed([broken], "query:text").reasons == {}
 
 
 def test_a_text_that_cannot_be_embedded_has_one_mend(make_scorer):
@@ -99,9 +124,9 @@ def test_another_encoder_changes_embeddings_and_no_score(make_scorer, tmp_path, 
     qwen, other = make_scorer(), make_scorer(**settings)
     assert other.embedding_dim == {"clip": 60, "siglip": 96}[kind]
     bank = qwen.dataset.bank[:5]
-    rows = other.embed("bank", ids_of(bank))
+    rows = other.embed("bank", ids_of(bank)).embeddings
     encoder = other.embedder.encoder
-    images = encoder.images([example.image for example in bank])
+    images, _ = encoder.images([example.image for example in bank])
     np.testing.assert_allclose(columns(other, rows, "image"), images, atol=1e-5)
     answers = encoder.texts([example.answer for example in bank])
     np.testing.assert_allclose(columns(other, rows, "answer"), answers, atol=1e-5)

@@ -64,7 +64,7 @@ def test_a_second_start_computes_no_embedding(given, tmp_path, capsys):
         assert second.encoder == first.encoder
         np.testing.assert_array_equal(second.train.pool_ids, pools)
         np.testing.assert_array_equal(np.asarray(second.train.table.bank), bank)
-        direct = second.environment.embed("bank", [0, 50, 119])
+        direct = second.environment.embed("bank", [0, 50, 119]).embeddings
         np.testing.assert_allclose(bank[[0, 50, 119]], direct, atol=1e-5)
     assert ", 0 computed" in capsys.readouterr().out
     # Another workdir with the same embeddings, and more queries than before.
