@@ -109,7 +109,7 @@ def test_nothing_was_scored_twice_and_the_store_is_sound(trained):
 
 
 def test_a_second_run_resumes_and_scores_nothing(trained):
-    workdir, flags, _ = trained
+    workdir, _, _ = trained
     before = json.loads((workdir / "eval.json").read_text())
     # As the README says, the file repeats the run.
     again = run("train", f"--flagfile={workdir / 'flags.txt'}")
