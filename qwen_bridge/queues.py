@@ -88,10 +88,11 @@ class Queues:
         """A job to try the seat's worker on, if there is doubt or one on trial waits for it."""
         queues = [other.queue for other in self._supervisor.seats]
         for job in itertools.chain.from_iterable(queues):
-            in_doubt = seat.deaths > 1 or (job.on_trial and self._is_elsewhere(seat, job))
-            if in_doubt and job.call.control is not None:
-                rows = job.call.control
-                return Job(next(self._numbers), job.call, rows, seat.index, control=True)
+            call = job.call
+            if call.control is None:
+                return None
+            if seat.deaths > 1 or (job.on_trial and self._is_elsewhere(seat, job)):
+                return Job(next(self._numbers), call, call.control, seat.index, control=True)
         return None
 
     def _may_have(self, seat: Seat, job: Job) -> bool:
