@@ -6,7 +6,8 @@
 
 Prompts are cut into batches, kept in flight on all workers, and come back in the caller's order.
 Workers that die are replaced and their prompts sent again; a prompt that cannot be done comes
-back with a reason, never with a zero. Nothing here imports torch or JAX.
+back with a reason, never with a zero. A worker in doubt may be tried on a prompt that is done, and
+that second result is forgotten. Nothing here imports torch or JAX.
 """
 
 import contextlib
@@ -83,8 +84,7 @@ class Environment:
             opened here, and closed with the environment.
           startup_s: longest time to build the scorer.
           max_restarts: workers that may end in a row in one place, without one result between
-            them, before the place is closed; with the last place the call fails. Ends that one
-            batch is to blame for do not count.
+            them, before the place is closed; with the last place the call fails.
           backoff_s: wait before the first restart; doubles up to 5 s while no result comes.
           slot_bytes: shared memory of a slot; bounds the rows of a batch.
 

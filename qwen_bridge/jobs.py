@@ -5,6 +5,9 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+# Workers that a batch may end before it is convicted.
+KILLS = 3
+
 
 @dataclass(eq=False)
 class Call:
@@ -18,6 +21,7 @@ class Call:
       unsettled: rows neither answered nor given up.
       landed: (rows, result) that the driver may have.
       given_up: the same of prompts given up, until they are believed; see `judgement`.
+      control: one row whose result has landed; None before there is one.
       error: what the call is to end with.
     """
 
@@ -28,6 +32,7 @@ class Call:
     unsettled: int = 0
     landed: deque[tuple[np.ndarray, object]] = field(default_factory=deque)
     given_up: list[tuple[np.ndarray, object]] = field(default_factory=list)
+    control: np.ndarray | None = None
     error: Exception | None = None
 
     def fail(self, error: Exception) -> None:
@@ -44,15 +49,22 @@ class Job:
       call: to which it belongs.
       rows: of the call's arrays.
       home: index of the seat in whose queue it waits.
-      kills: workers that it ended, or as good as.
+      chances: workers that it may still end before it is convicted.
       ended_in: indices of the seats where it, or what it was cut from, ended them, in order.
       tries: times that the scorer raised an exception.
+      control: whether it is there to try the worker, and its result is known.
     """
 
     number: int
     call: Call
     rows: np.ndarray
     home: int
-    kills: int = 0
+    chances: int = field(default_factory=lambda: KILLS)
     ended_in: tuple[int, ...] = ()
     tries: int = 0
+    control: bool = False
+
+    @property
+    def on_trial(self) -> bool:
+        """Whether it is convicted with the next worker that it ends."""
+        return self.chances <= 1

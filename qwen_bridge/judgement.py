@@ -10,15 +10,20 @@ A batch in hand is decided by exactly one of:
 | a failure that says the GPU is lost  | the worker is replaced, and the batch is a suspect      |
 | nothing, or nonsense                 | the worker is replaced, and the batch is a suspect      |
 
-A suspect is sent again, elsewhere (see `queues`). After `KILLS` such ends it is convicted: it is
-halved, and each half again at its next, down to the prompt that does it, which must do it twice
-and is then given up with its reason. A conviction explains the end of the worker, which then does
-not count against its seat, if the batch ended workers in two seats, or if there is but one.
+A suspect is sent again, elsewhere (see `queues`). After `jobs.KILLS` such ends it is convicted: it
+is halved, and each half again at its next, down to the prompt that does it, which must do it twice
+and is then given up with its reason. The end that convicts is that of a worker which has given a
+result before, so a place where every worker ends convicts nothing, and counts its own ends until
+it is closed. Only before the first result of a call may any end convict; the conviction explains
+that end, which then does not count against its seat, if the batch ended workers in two seats, or
+if there is but one.
 
 Where the prompts of more than `IN_VAIN` queries in a row are given up, with no result between
 them, no prompt is to blame, and the call fails: `ScorerError` if the scorer raised an exception,
-else `WorkerError`. Prompts are handed out as given up only once a result, or the end of the call,
-shows that this is not so; those of a call that fails are open as if they had never been tried.
+else `WorkerError`. A prompt that ended a worker which had given a result does not count: what is
+broken altogether gives none. Prompts are handed out as given up only once a result, or the end of
+the call, shows that this is not so; those of a call that fails are open as if they had never been
+tried.
 """
 
 import logging
@@ -30,9 +35,8 @@ from qwen_bridge.protocol import failed_answer, failed_score
 from qwen_bridge.queues import Queues
 from qwen_bridge.supervision import Seat, Supervisor
 
-# Workers that a batch may end before it is convicted, and times that a prompt is tried for which
-# the scorer raises an exception; memory may just have been full.
-KILLS = 3
+# Times that a prompt is tried for which the scorer raises an exception; memory may just have been
+# full.
 TRIES = 3
 # Queries whose prompts may be given up in a row.
 IN_VAIN = 4
@@ -64,7 +68,7 @@ class Judge:
         job.tries += 1
         if len(job.rows) > 1:
             _log.warning("%d prompts in one batch failed with %s; halving", len(job.rows), why)
-            self._queues.put_halves(job, job.kills)
+            self._queues.put_halves(job, job.chances)
         elif job.tries < TRIES:
             self._queues.put_first(job)
         else:
@@ -72,21 +76,23 @@ class Judge:
 
     def suspect(self, job: Job, seat: Seat, why: str) -> bool:
         """A worker ended while it was at this job; returns whether that explains it."""
-        job.kills += 1
+        job.chances -= 1
         job.ended_in += (seat.index,)
         self._queues.move(job)
-        if job.kills < KILLS:
+        if job.chances:
             self._queues.put_first(job)
             return False
         if len(job.rows) > 1:
             # The verdict on a single prompt is final, and so it takes two to reach it.
-            self._queues.put_halves(job, KILLS - 1 if len(job.rows) > 3 else max(KILLS - 2, 0))
+            self._queues.put_halves(job, 1 if len(job.rows) > 3 else 2)
         else:
             last = f"worker died on this prompt again and again, last: it {why}"
-            self._give_up(job, last, WorkerError)
+            self._give_up(job, last, WorkerError, in_vain=not seat.proven)
         return len(set(job.ended_in)) > 1 or len(self._supervisor.usable()) == 1
 
-    def _give_up(self, job: Job, why: str, kind: type[Exception], detail: str = "") -> None:
+    def _give_up(
+        self, job: Job, why: str, kind: type[Exception], detail: str = "", *, in_vain: bool = True
+    ) -> None:
         """Settles the one prompt of a job without a result; `kind` of error if it is one of many.
 
         An exception for want of memory counts like any other: no prompt fits, and so on.
@@ -97,7 +103,8 @@ class Judge:
             error = WorkerError(f"{call.kind} id {id_} could not be embedded: {why}")
         else:
             query = int(call.arrays["queries"][job.rows[0]])
-            self._in_vain.add(query)
+            if in_vain:
+                self._in_vain.add(query)
             if len(self._in_vain) <= IN_VAIN:
                 _log.warning("gave up a prompt (%s query %d): %s", call.verb, query, why)
                 self._stats["prompts_given_up"] += 1

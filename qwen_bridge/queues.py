@@ -4,6 +4,13 @@ A batch waits in the queue of its home, the seat that its affinity prefers. A se
 empty takes from the end of the longest other one. A batch that has ended a worker is under
 suspicion and goes to another seat, if there is one, and to no seat that it has been in before it
 has been in all of them: the machine may be at fault.
+
+A batch on trial goes only to a worker that has shown that it can do something: what else it ends
+may be ended by anything. A worker that has yet to show it is first tried on a *control*, one
+prompt of the call whose result has landed; it is scored again, and the second result forgotten.
+So is a worker in a seat where the one before it ended without a result: a broken machine does not
+get batch after batch, and prompts that kill do not close the seat of a sound one. Before the first
+result of a call there is no control, and any worker will do.
 """
 
 import itertools
@@ -39,7 +46,12 @@ class Queues:
         return sum(len(seat.queue) for seat in self._supervisor.seats)
 
     def next_for(self, seat: Seat) -> Job | None:
-        """Takes the first job of the seat's queue, or else the last of the longest, that it may."""
+        """Takes the first job of the seat's queue, or else the last of the longest, that it may.
+
+        Before them all a control, where the seat's worker is to be tried first.
+        """
+        if not seat.proven and not seat.worker.in_flight and (job := self._control(seat)):
+            return job
         for place, job in enumerate(seat.queue):
             if self._may_have(seat, job):
                 del seat.queue[place]
@@ -56,12 +68,12 @@ class Queues:
         """The job is the next one of its home."""
         self._supervisor.seats[job.home].queue.appendleft(job)
 
-    def put_halves(self, job: Job, kills: int) -> None:
-        """Cuts a job in two, each as if it had ended so many workers."""
+    def put_halves(self, job: Job, chances: int) -> None:
+        """Cuts a job in two, each with so many chances."""
         middle = len(job.rows) // 2
         for rows in (job.rows[middle:], job.rows[:middle]):
             number = next(self._numbers)
-            half = Job(number, job.call, rows, job.home, kills=kills, ended_in=job.ended_in)
+            half = Job(number, job.call, rows, job.home, chances=chances, ended_in=job.ended_in)
             self.put_first(half)
 
     def move(self, job: Job) -> None:
@@ -69,10 +81,25 @@ class Queues:
         last = job.ended_in[-1]
         seats = self._supervisor.seats
         after = seats[last + 1 :] + seats[: last + 1]
-        fit = (seat.index for seat in after if not seat.closed and self._may_have(seat, job))
+        fit = (seat.index for seat in after if not seat.closed and self._is_elsewhere(seat, job))
         job.home = next(fit, last)
 
+    def _control(self, seat: Seat) -> Job | None:
+        """A job to try the seat's worker on, if there is doubt or one on trial waits for it."""
+        queues = [other.queue for other in self._supervisor.seats]
+        for job in itertools.chain.from_iterable(queues):
+            call = job.call
+            if call.control is None:
+                return None
+            if seat.deaths > 1 or (job.on_trial and self._is_elsewhere(seat, job)):
+                return Job(next(self._numbers), call, call.control, seat.index, control=True)
+        return None
+
     def _may_have(self, seat: Seat, job: Job) -> bool:
+        proven = seat.proven or job.call.control is None
+        return (proven or not job.on_trial) and self._is_elsewhere(seat, job)
+
+    def _is_elsewhere(self, seat: Seat, job: Job) -> bool:
         """Not where it ended a worker, if it was not everywhere yet; never there twice running."""
         if not job.ended_in:
             return True

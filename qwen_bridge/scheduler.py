@@ -213,7 +213,7 @@ class Scheduler:
         self._stopped = interrupt
         working = [seat.worker for seat in self.seats if seat.worker and seat.worker.in_flight]
         heads = [worker.in_flight[0][0] for worker in working]
-        self._in_hand = [job for job in heads if job.call is self._call]
+        self._in_hand = [job for job in heads if self._is_open(job)]
         prompts = sum(len(job.rows) for job in self._in_hand)
         _log.warning("finishing the %d prompts in hand; Ctrl-C again stops at once", prompts)
 
@@ -272,7 +272,7 @@ class Scheduler:
         result = join_result(call.verb, arrays, message.texts, dict(message.reasons))
         result = check_result(call.verb, result, message.rows, self.hello["embedding_dim"])
         self._close_head(worker)
-        seat.deaths = 0
+        seat.deaths, seat.proven = 0, True
         self.stats["busy_s"][seat.index] += message.seconds
         for note in message.notes:
             if note not in self._said:  # Every worker, and each that replaces one, says it anew.
@@ -290,6 +290,9 @@ class Scheduler:
         if device_is_lost(failure):
             self._replace(seat, f"lost its device ({failure.message})", grace_s=0.0)
             return
+        if worker.in_flight[0][0].control:
+            self._replace(seat, f"failed where another did not ({failure.message})", grace_s=0.0)
+            return
         job = self._close_head(worker)
         if job.call is self._call:
             self._judge.failed(job, seat, failure)
@@ -302,12 +305,19 @@ class Scheduler:
         worker.since = self._engine.now()
         return job
 
+    def _is_open(self, job: Job) -> bool:
+        """Whether anyone waits for its result."""
+        return job.call is self._call and not job.control
+
     def _land(self, job: Job, result) -> None:
+        self._judge.acquit(job.call)
+        if job.control:
+            return
         verb, rows = job.call.verb, job.rows
         names = {"score": "prompts_scored", "answer": "prompts_answered", "embed": "ids_embedded"}
         self.stats[names[verb]] += len(rows)
         job.call.unsettled -= len(rows)
-        self._judge.acquit(job.call)
+        job.call.control = rows[:1]
         job.call.landed.append((rows, result))
 
     def _replace(
@@ -316,7 +326,7 @@ class Scheduler:
         """Puts a worker away, saves what it had in flight, and plans for the next one."""
         worker = seat.worker
         why = self._supervisor.put_away(seat, why, grace_s, detail)
-        jobs = [job for job, _ in worker.in_flight if job.call is self._call]
+        jobs = [job for job, _ in worker.in_flight if self._is_open(job)]
         suspect = jobs.pop(0) if jobs and jobs[0] is worker.in_flight[0][0] else None
         _log.warning(
             "worker %d %s with %d prompts in hand; restarting it",

@@ -39,6 +39,7 @@ class Seat:
       worker: who sits there; None while it waits for `restart_at`.
       restart_at: when the next one may be started (monotonic seconds).
       deaths: workers that ended here since the last result or conviction.
+      proven: whether the worker, or the last one, has given a result.
       closed: whether no further one is started.
       queue: the batches that wait for it; see `queues`.
     """
@@ -47,6 +48,7 @@ class Seat:
     worker: Worker | None = None
     restart_at: float = 0.0
     deaths: int = 0
+    proven: bool = False
     closed: bool = False
     queue: deque[Job] = field(default_factory=deque)
 
@@ -104,7 +106,7 @@ class Supervisor:
         """Starts the first workers; a failure is final."""
         self.add_seats()
         for seat in self.seats:
-            seat.worker = self._engine.start(seat.index, self._settings)
+            self._start(seat)
 
     @property
     def all_ready(self) -> bool:
@@ -120,11 +122,15 @@ class Supervisor:
             if seat.closed or seat.worker or now < seat.restart_at:
                 continue
             try:
-                seat.worker = self._engine.start(seat.index, self._settings)
+                self._start(seat)
             except OSError as error:  # No process, memory or descriptor to be had just now.
                 why = f"could not be started: {error}"
                 _log.warning("worker %d %s", seat.index, why)
                 self.plan_restart(seat, why)
+
+    def _start(self, seat: Seat) -> None:
+        seat.worker = self._engine.start(seat.index, self._settings)
+        seat.proven = False
 
     def greet(self, seat: Seat, hello: dict) -> str | None:
         """Takes a worker in, or returns why it is refused: it is not like the others."""

@@ -13,7 +13,7 @@ import pytest
 import trivial_scorer
 from leaks import alive, children, descriptors
 
-from qwen_bridge import judgement
+from qwen_bridge import jobs
 from qwen_bridge.client import Environment
 from qwen_bridge.errors import InputError, WorkerError
 from qwen_bridge.protocol import JUDGED, ProtocolError
@@ -221,7 +221,7 @@ def test_single_faults_change_nothing(environment, tmp_path):
 
 
 def test_nonsense_for_one_prompt(environment, monkeypatch):
-    monkeypatch.setattr(judgement, "KILLS", 1)
+    monkeypatch.setattr(jobs, "KILLS", 1)
     env = environment({"faults": [{"fault": "wrong_rows", "query": 500}]})
     scores = env.score([1, 500], [[3, 4]] * 2, batch_size=1)
     assert list(scores.reasons) == [1]
@@ -264,7 +264,7 @@ def test_a_prompt_that_always_kills(environment):
 
 
 def test_a_killer_does_not_hide_among_the_embedded(environment, monkeypatch):
-    monkeypatch.setattr(judgement, "KILLS", 1)
+    monkeypatch.setattr(jobs, "KILLS", 1)
     env = environment({"faults": [{"fault": "crash_before", "query": 5}]})
     with pytest.raises(WorkerError, match="bank id 5 could not be embedded"):
         env.embed("bank", np.arange(8), batch_size=1)

@@ -19,16 +19,17 @@ POINTERS = np.random.default_rng(7).integers(0, 1000, (len(QUERIES), 2))
 class Elastic(VirtualEngine):
     """One place at first; `joins` says how many there are from which virtual second on.
 
-    Workers in `placeless` places never run; those in `unlike` ones have another hello, and those
-    in `broken` ones end at their first request.
+    Workers in `placeless` places never run; those in `unlike` ones have another hello, those in
+    `broken` ones end at their first request, and all end at a request that holds one of `killers`.
+    `ended` has place and job of each end.
     """
 
     elastic = True
 
-    def __init__(self, joins=(), placeless=(), unlike=(), broken=(), places=1):
+    def __init__(self, joins=(), placeless=(), unlike=(), broken=(), killers=(), places=1):
         super().__init__(places, 1.0, self.score)
         self.joins, self.placeless, self.unlike, self.broken = joins, placeless, unlike, broken
-        self.served = {}
+        self.killers, self.served, self.ended = np.array(killers, int), {}, []
 
     def score(self, request, view):
         queries = np.frombuffer(view[: 8 * request.rows], "<i8")
@@ -62,8 +63,11 @@ class ElasticWorker(SimulatedWorker):
             self._replies.clear()
 
     def send(self, message):
-        if self.index in self._engine.broken:
-            self.dies_at = min(self.dies_at, self._engine.now() + 0.01)
+        queries = np.frombuffer(self.arena.view(message.slot)[: 8 * message.rows], "<i8")
+        killed = np.isin(queries, self._engine.killers).any()
+        if self.index in self._engine.broken or killed or self.dies_at < math.inf:
+            started = max(self._engine.now(), self._free_at)
+            self.dies_at = min(self.dies_at, started + 0.01)
             self._engine.schedule(self, self.dies_at)
             return
         served = self._engine.served
@@ -71,9 +75,12 @@ class ElasticWorker(SimulatedWorker):
         super().send(message)
 
     def receive_ready(self):
-        if self.dies_at <= self._engine.now():
+        messages = super().receive_ready()
+        if not messages and self.dies_at <= self._engine.now():
+            if self.in_flight:
+                self._engine.ended.append((self.index, self.in_flight[0][0].number))
             raise PeerGone("it ended")
-        return super().receive_ready()
+        return messages
 
 
 def check(env, engine):
@@ -155,11 +162,56 @@ def test_broken_places_are_closed_and_convict_no_batch(places, broken, size):
     engine = Elastic(places=places, broken=broken)
     queries, pointers = QUERIES[: 6 * size], POINTERS[: 6 * size]
     with Environment({}, engine=engine, backoff_s=0.001) as env:
-        for call in range(1, 40):
+        for _ in range(40):
             scores = env.score(queries, pointers, batch_size=size)
             assert not scores.reasons
             np.testing.assert_allclose(scores.gt_prob, queries / 100, atol=1e-6)
-            # No batch twice in one of them.
-            assert env.stats["restarts"] <= call * -(-len(queries) // size) * len(broken)
+        assert len(set(engine.ended)) == len(engine.ended)  # No batch twice in one of them.
         assert {seat.index for seat in env._scheduler.seats if seat.closed} == broken
         assert env.stats["restarts"] == 16 * len(broken)
+
+
+@pytest.mark.parametrize("size", [1, 8, 64])
+@pytest.mark.parametrize(
+    ("places", "broken"), [(1, set()), (2, set()), (2, {0}), (2, {1}), (3, {1}), (3, {0, 2})]
+)
+def test_broken_places_beside_prompts_that_kill(places, broken, size):
+    """Neither is forgiven for the other, wherever the prompts are, the end of the call included."""
+    rng = np.random.default_rng(size)
+    queries = np.arange(1500)
+    killers = np.concatenate([rng.choice(1400, 9, replace=False), np.arange(1494, 1500)])
+    engine = Elastic(places=places, broken=broken, killers=killers)
+    with Environment({}, engine=engine, backoff_s=0.001) as env:
+        keys = queries // size
+        scores = env.score(queries, queries[:, None], None, batch_size=size, affinity=keys)
+        assert sorted(scores.reasons) == sorted(killers)
+        fine = np.setdiff1d(queries, killers)
+        np.testing.assert_allclose(scores.gt_prob[fine], fine / 100, rtol=1e-6)
+        assert {seat.index for seat in env._scheduler.seats if seat.closed} == broken
+
+
+def test_a_whole_query_that_kills_closes_no_sound_place():
+    """Its 32 prompts each end two workers before they come to trial."""
+    queries = np.repeat(np.arange(60), 32)
+    killers = [7, 21, 33, 48]
+    engine = Elastic(places=2, killers=killers)
+    with Environment({}, engine=engine, backoff_s=0.001, max_restarts=4) as env:
+        scores = env.score(queries, np.arange(len(queries))[:, None], batch_size=1)
+        assert sorted(scores.reasons) == np.flatnonzero(np.isin(queries, killers)).tolist()
+        assert env.stats["workers_closed"] == 0
+
+
+def test_a_place_that_breaks_for_good_ends_the_call_and_blames_no_prompt():
+    """Its workers end on what gave a result before."""
+    engine = Elastic()
+    landed = []
+
+    def on_batch(rows, _):
+        landed.extend(rows)
+        if len(landed) == 80:
+            engine.broken = {0}
+
+    with Environment({}, engine=engine, backoff_s=0.001) as env:
+        with pytest.raises(WorkerError, match="17 workers in a row ended without one result"):
+            env.score(QUERIES, POINTERS, on_batch, batch_size=8)
+        assert env.stats["prompts_given_up"] == 0

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from faults.injection import hashed
 
-from qwen_bridge import judgement
+from qwen_bridge import jobs, judgement
 from qwen_bridge.channel import Channel, PeerGone
 from qwen_bridge.errors import ScorerError, WorkerError
 from qwen_bridge.messages import Settings
@@ -66,7 +66,7 @@ def test_an_error_while_a_batch_is_sent_ends_the_call_at_once(environment, monke
     def patience():
         raise AssertionError("it waits")
 
-    monkeypatch.setattr(judgement, "KILLS", 1)
+    monkeypatch.setattr(jobs, "KILLS", 1)
     monkeypatch.setattr(WorkerProcess, "send", gone)
     monkeypatch.setattr(env._scheduler, "_patience", patience)
     with pytest.raises(WorkerError, match="query id 5 could not be embedded"):
@@ -120,8 +120,19 @@ def test_a_place_where_every_worker_ends_is_closed_and_blames_no_prompt(environm
     assert env._scheduler.seats[0].closed
 
 
+def test_a_place_that_fails_on_what_gave_a_result_is_closed(environment, tmp_path):
+    """Two of its workers end, and the next ones raise an exception on the control."""
+    ends = [{"fault": "crash_before", "worker": 0, "once": str(tmp_path / str(i))} for i in (1, 2)]
+    faults = [*ends, {"fault": "raise", "worker": 0}]
+    env = environment({"faults": faults, "delay_s": 0.05}, workers=2, max_restarts=3)
+    for _ in range(4):
+        check(env.score(QUERIES, POINTERS, batch_size=4))
+    assert [seat.closed for seat in env._scheduler.seats] == [True, False]
+    assert (env.stats["prompts_given_up"], env.stats["restarts"]) == (0, 3)
+
+
 def test_the_last_place_is_not_closed_but_ends_the_call(environment, monkeypatch):
-    monkeypatch.setattr(judgement, "KILLS", 100)  # No batch is convicted.
+    monkeypatch.setattr(jobs, "KILLS", 100)  # No batch is convicted.
     faults = [{"fault": "crash_before"}]
     env = environment({"faults": faults}, workers=2, max_restarts=1)
     for _ in range(2):
