@@ -16,8 +16,9 @@ An attempt is a lease that ended badly: the process died, or an exception came t
 asked for. Ctrl-C and bad input give the lease back and count nothing. Jobs of one call are leased
 together. One with `KILLS` attempts is leased alone, after all others; if that too ends badly, it
 is cut into its prompts, each leased alone, the least suspected first; and a prompt that ends badly
-alone `KILLS` times is given up with the reason. So a prompt that kills the driver is found, and a
-hand that kills it at random blames none.
+alone `ALONE` times is given up with the reason. Where another prompt ended badly alone m times and
+was then scored all the same, something else kills, and it takes `ALONE` times 1 + m. So a prompt
+that kills the driver is found, and a hand that kills it at random, however often, blames none.
 """
 
 import contextlib
@@ -35,6 +36,7 @@ from lever_jax.store import ScoreRecord, Store, StoreError
 
 JOB_PROMPTS = 256
 KILLS = 3
+ALONE = 5
 STATES = ("todo", "leased", "done", "failed")
 RETRY = "retry_"
 
@@ -66,11 +68,6 @@ class Job:
         content = np.ascontiguousarray(self.prompts, "<i8").tobytes()
         return hashlib.blake2b(text + content, digest_size=16).digest()
 
-    @property
-    def hopeless(self) -> bool:
-        """Whether it is one prompt that has ended badly alone often enough."""
-        return len(self.prompts) == 1 and self.attempts >= 2 * KILLS
-
 
 class Lease:
     """Jobs in hand, from the beginning to the end of a `with` statement.
@@ -87,7 +84,7 @@ class Lease:
         self._job_of = np.repeat(np.arange(len(jobs)), self._open)
         self._landed = np.zeros(len(self.rows), bool)
         self.given_up = None
-        if len(jobs) == 1 and jobs[0].hopeless:
+        if len(jobs) == 1 and ledger.is_hopeless(jobs[0]):
             self.given_up = f"given up after {jobs[0].attempts} attempts; {jobs[0].reason}"
 
     @contextlib.contextmanager
@@ -196,6 +193,15 @@ class Ledger:
                 self._waiting[job.key] = job
             else:
                 self._waiting.pop(job.key, None)
+
+    def is_hopeless(self, job: Job) -> bool:
+        """Whether it is one prompt that has ended badly alone often enough."""
+        deaths = job.attempts - KILLS
+        if len(job.prompts) > 1 or deaths < ALONE:
+            return False
+        survivors = self._store.read_rows("jobs", "WHERE state = 'done' AND size = 1")
+        survived = max((attempts - KILLS for _, _, _, attempts, *_ in survivors), default=0)
+        return deaths >= ALONE * (1 + max(survived, 0))
 
     def give_back(self, jobs: dict[Job, np.ndarray], reason: str | None) -> None:
         """Ends leases without their end; with a reason this counts as an attempt of the jobs.

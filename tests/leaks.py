@@ -119,5 +119,6 @@ def leaving_nothing():
     opened = dict(descriptors().items() - before[2].items())
     assert not opened, f"left open: {opened}"
     assert mappings() == before[3]
-    assert files() <= before[4]
+    named = files() - before[4]
+    assert not named, f"left behind: {named}"
     assert not ports(os.getpid())

@@ -12,7 +12,7 @@ import pytest
 
 from lever_jax import ledger, store_schema
 from lever_jax.errors import InputError
-from lever_jax.ledger import KILLS, count_states
+from lever_jax.ledger import ALONE, KILLS, count_states
 from lever_jax.scoring import ScoringService
 from lever_jax.store import ScoreRecord, Store
 
@@ -71,13 +71,17 @@ def prompts(count, queries=20, seed=0):
     return ids % queries + 1, np.stack([ids // queries // 30, ids // queries % 30], axis=1)
 
 
-def run(path, environment, verb="score", count=700, **asked):
-    """One life of a driver; after `Death` the store is left as it stands."""
+def run(path, environment, verb="score", count=700, size=None):
+    """One life of a driver, by default of one call; after `Death` the store is left as it stands."""
     store = Store.open(path, FINGERPRINT)
+    records, (queries, pointers) = [], prompts(count)
     try:
         service = ScoringService(store, environment, no_bar)
         ask = service.score if verb == "score" else service.verify
-        return ask(*prompts(count, **asked), label="x")
+        for start in range(0, count, size or count):
+            some = slice(start, start + (size or count))
+            records += ask(queries[some], pointers[some], label="x")
+        return records
     finally:
         store.close()
 
@@ -206,10 +210,11 @@ def test_prompts_that_kill_the_driver_are_found_and_given_up(path, tmp_path, dyi
     given_up = [record for record in records if record.eval_failed]
     assert {(record.query_id, record.pointer) for record in given_up} == bad
     for record in given_up:
-        assert "given up after 6 attempts; the last one ended with process" in record.eval_failed
+        why = f"given up after {KILLS + ALONE} attempts; the last one ended with process"
+        assert why in record.eval_failed
         assert (record.gt_prob is None) == (verb == "score")
-    # Three with all, one with each job alone, three with each prompt alone.
-    assert deaths == KILLS + 3 + 3 * KILLS
+    # Three with all, one with each job alone, five with each prompt alone.
+    assert deaths == KILLS + 3 + 3 * ALONE
     asked = [prompt for prompt in environment.asked if prompt[0] == verb]
     assert len(asked) == len(set(asked)) == 697
     run(tmp_path / "clean", Arithmetic(), verb)
@@ -222,14 +227,16 @@ def test_prompts_that_kill_the_driver_are_found_and_given_up(path, tmp_path, dyi
     assert (states["failed"], states["todo"], states["leased"]) == (3, 0, 0)
 
 
-def test_random_deaths_blame_nobody(path, tmp_path, dying):
+# Short lives over many small calls: the last prompts of each see one death after another.
+@pytest.mark.parametrize(("most", "size"), [(60, 900), (8, 60)])
+def test_random_deaths_blame_nobody(path, tmp_path, dying, most, size):
     seed = int(np.random.default_rng().integers(2**31))
     print(f"seed {seed}")
     rng = np.random.default_rng(seed)
     environment = Arithmetic(batch=8)
     deaths = 0
-    for _ in range(60):
-        left = iter(range(int(rng.integers(1, 60))))
+    for _ in range(3600 // most):
+        left = iter(range(int(rng.integers(0, most))))
 
         def count(query, pointer, left=left):
             if next(left, None) is None:
@@ -237,12 +244,12 @@ def test_random_deaths_blame_nobody(path, tmp_path, dying):
 
         environment.on_prompt = count
         with contextlib.suppress(Death):
-            run(path, environment, count=900)
+            run(path, environment, count=900, size=size)
             break
         deaths += 1
     assert deaths >= 20
     environment.on_prompt = lambda query, pointer: None
-    run(path, environment, count=900)
+    run(path, environment, count=900, size=size)
     run(tmp_path / "clean", Arithmetic(), count=900)
     assert content(path)[0] == content(tmp_path / "clean")[0]
     assert len(environment.asked) == len(set(environment.asked)) == 900
@@ -288,9 +295,9 @@ def test_sigkill_of_the_driver_is_counted_by_the_next(path):
     script = KILLER.format(folder=folder, path=str(path), bad=bad)
     ends = []
     while not ends or ends[-1]:
-        assert len(ends) < 10
+        assert len(ends) < 12
         ends.append(subprocess.run([sys.executable, "-c", script], check=False).returncode)
-    assert ends == [-9] * (KILLS + 1 + KILLS) + [0]
+    assert ends == [-9] * (KILLS + 1 + ALONE) + [0]
     records, states = content(path)
     failed = [record for record in records if record.eval_failed]
     assert [(record.query_id, record.pointer) for record in failed] == [bad]
@@ -323,7 +330,7 @@ def test_retried_failures_are_superseded_and_counted(path, dying):
             store.supersede("score", [ScoreRecord(*failing[9], gt_prob=0.5)])
         # A prompt that kills when it is retried is found as any other.
         environment.on_prompt = kill_if(failing[0])
-        for _ in range(2 * KILLS + 1):
+        for _ in range(KILLS + 1 + ALONE):
             service = ScoringService(store, environment, no_bar)
             with pytest.raises(Death):
                 service.retry_failed(queries, np.arange(5000), label="x")
@@ -331,7 +338,7 @@ def test_retried_failures_are_superseded_and_counted(path, dying):
         assert service.retry_failed(queries, np.arange(5000), label="x")[1] == 4
         reasons = store.reasons("score")
         assert list(reasons.values()) == [3, 1]
-        assert list(reasons)[1].startswith("given up after 6 attempts")
+        assert list(reasons)[1].startswith(f"given up after {KILLS + ALONE} attempts")
         assert store.verify() == []
 
 
