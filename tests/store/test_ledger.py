@@ -72,7 +72,7 @@ def prompts(count, queries=20, seed=0):
 
 
 def run(path, environment, verb="score", count=700, size=None):
-    """One life of a driver, by default of one call; after `Death` the store is left as it stands."""
+    """One life of a driver, by default of one call; `Death` leaves the store as it stands."""
     store = Store.open(path, FINGERPRINT)
     records, (queries, pointers) = [], prompts(count)
     try:
