@@ -12,9 +12,12 @@ def worker_settings():
     return dict(SETTINGS)
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def make_scorer():
-    """Builds scorers from the usual settings with some changed; equal ones are shared."""
+    """Builds scorers from the usual settings with some changed; equal ones are shared.
+
+    By the tests of one file: what a scorer has generated helps it to certify answers later.
+    """
     built = {}
 
     def make(**changes):
