@@ -38,15 +38,15 @@ def soak(env, calls, batch_size):
 
 
 def check(env, samples):
-    """No slot lost, no worker replaced, and no more memory than where the warm-up left it, by 2%.
+    """No slot lost, no worker replaced, no more memory than where the warm-up left it, by 2%.
 
-    The middle of the first and of the last fifth are compared: single samples wander. What an
-    allocator hands back late is no fault.
+    The peaks of the first and of the last third are compared: an allocator takes and hands back, so
+    that the embedded model's worker wanders by 9% from call to call, and growth raises the peaks.
     """
     assert all(seat.worker.slots.num_free == 4 for seat in env._scheduler.seats)
     assert env.stats["restarts"] == 0
-    fifth = max(1, len(samples) // 5)
-    first, last = np.median(samples[:fifth], axis=0), np.median(samples[-fifth:], axis=0)
+    third = max(1, len(samples) // 3)
+    first, last = samples[:third].max(axis=0), samples[-third:].max(axis=0)
     drift = last / first - 1
     # The few seconds of `make test` are all warm-up.
     assert (drift <= (DRIFT if MINUTES else 0.2)).all(), f"{first} KiB became {last}"
