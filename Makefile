@@ -18,10 +18,10 @@ test: .venv/installed-test
 test-slow: .venv/installed-test
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m slow
 
-# LEVER_SOAK_MINUTES sets how long the soak lasts.
+# LEVER_SOAK_MINUTES sets how long each of the two soaks lasts.
 test-faults: .venv/installed-test
 	HF_HUB_OFFLINE=1 LEVER_SOAK_MINUTES=$${LEVER_SOAK_MINUTES:-30} \
-	  $(BIN)/python -m pytest tests/faults -m "faults or not faults"
+	  $(BIN)/python -m pytest tests/faults tests/store tests/bridge/test_ray.py -m "faults or not faults"
 
 .venv/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
