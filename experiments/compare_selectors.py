@@ -34,7 +34,6 @@ from experiments.session import Session, open_session
 from experiments.tables import interval, number
 from lever_jax.errors import InputError
 from lever_jax.evaluation import METRICS, answer_picks
-from lever_jax.proposing import Proposer
 from lever_jax.selector import make_selector
 from lever_jax.statistics import mean_ci, paired_difference
 
@@ -165,8 +164,7 @@ def measure(session: Session, mined: str, name: str) -> dict[str, np.ndarray]:
         phases.mine_data(own, trained)
     trained = phases.train_rce(own, trained, log, None if policy.stops else mined)
     log.close()
-    proposer = Proposer(policy, session.eval.table)
-    picks = proposer.greedy(
+    picks = own.eval_proposer.greedy(
         trained.params, np.arange(len(session.eval)), shots=configs.training_shots()
     )
     scores = answer_picks(session.eval, picks, session.service, label=f"evaluate {name}")

@@ -6,7 +6,7 @@ seconds a prompt and compute nothing; see `simulated_workers.py`, also for what 
 
 The model: the driver is at a batch of b prompts for d(N) = a + c N seconds, as it looks at every
 worker for every batch; a worker for s b. Before the first batch of a call and after its last, the
-driver works alone, r seconds a prompt: it asks the store what is known, and reads the records. So
+driver works alone, r seconds a prompt: it looks up in the store what is known. So
 
     prompts/s  X(N) = 1 / (r + max(s / N, d(N) / b))        busy share  X(N) (r + d(N) / b)
 

@@ -178,8 +178,10 @@ def _score_and_answer(
     scores = columns(service.score(query_ids, ids, label=label))
     chosen = choose(group, scores["gt_prob"], config.verify_best, config.verify_low)
     chosen |= uniform_sample(query_ids, ids, config.verify_uniform)
-    service.verify(query_ids[chosen], ids[chosen], label=label)
-    return chosen, np.isfinite(columns(service.store.get_scores(query_ids, ids))["accuracy"])
+    answers = columns(service.verify(query_ids[chosen], ids[chosen], label=label))
+    answered = np.isfinite(scores["accuracy"])  # By a certificate, or for another phase.
+    answered[chosen] = np.isfinite(answers["accuracy"])
+    return chosen, answered
 
 
 def _keep_retried(

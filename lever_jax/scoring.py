@@ -99,7 +99,7 @@ class ScoringService:
         query_ids, pointers = np.asarray(query_ids), np.asarray(pointers)
         self.counts.asked += len(query_ids)
         records = self.store.get_scores(query_ids, pointers)
-        fresh = _Rows(query_ids, pointers, (i for i, one in enumerate(records) if one is None))
+        fresh = _Distinct(query_ids, pointers, (i for i, one in enumerate(records) if one is None))
         if advance is not None:
             advance(len(query_ids) - len(fresh))
         if len(fresh):
@@ -119,7 +119,7 @@ class ScoringService:
             for row, record in enumerate(records)
             if not record.answered and record.eval_failed is None
         )
-        fresh = _Rows(np.asarray(query_ids), np.asarray(pointers), open_)
+        fresh = _Distinct(np.asarray(query_ids), np.asarray(pointers), open_)
         if len(fresh):
             with self.progress(f"{label}: generate", len(fresh)) as advance:
                 fresh.fill(records, self._work("answer", *fresh.prompts, advance))
@@ -144,8 +144,7 @@ class ScoringService:
             queries, pointers = queries[ours], pointers[ours]
             if len(queries):
                 with self.progress(f"{label}: {verb}", len(queries)) as advance:
-                    self._work(verb, queries, pointers, advance, retry=True)
-                records = self.store.get_scores(queries, pointers)
+                    records = self._work(verb, queries, pointers, advance, retry=True)
                 asked += len(records)
                 failed += sum(record.eval_failed is not None for record in records)
         return asked, failed
@@ -159,7 +158,7 @@ class ScoringService:
         in which the VLM has nothing to do.
         """
         ask = getattr(self._environment, verb)
-        landed: list[ScoreRecord] = [None] * len(query_ids)
+        landed: list[ScoreRecord | None] = [None] * len(query_ids)
         put = self._put_scores if verb == "score" else self._put_answers
         for lease in self._ledger.leases(RETRY * retry + verb, query_ids, pointers):
             asked = query_ids[lease.rows], pointers[lease.rows]
@@ -255,7 +254,7 @@ def _key(pointer) -> tuple[int, ...]:
     return tuple(int(i) for i in pointer if i >= 0)
 
 
-class _Rows:
+class _Distinct:
     """Some rows of a call, equal prompts among them taken together.
 
     Attributes:

@@ -7,7 +7,7 @@ side by side, each row with a checksum that also covers the fingerprint of the m
 template, generation settings, dataset and metric.
 
     with Store.open("runs/digits/store.sqlite", fingerprint) as store:
-        todo = ~store.present(query_ids, pointers)
+        todo = [record is None for record in store.get_scores(query_ids, pointers)]
         with store.transaction():
             store.put_scores(records)
             store.mark_done("score", {"rows": len(records)})

@@ -278,7 +278,7 @@ class StoreFile:
             self._db.executemany(sql, [self._rows.seal(table, row) for row in rows])
 
     def delete_rows(self, table: str, where: str, values: tuple) -> None:
-        """Deletes rows of a table that is not counted."""
+        """Deletes rows of a table; `recount` afterwards, if it is one that is counted."""
         with self.transaction():
             self._db.execute(f"DELETE FROM {table} {where}", values)
 

@@ -204,18 +204,6 @@ class ScoreTables(StoreFile):
             rows = [(key, self._db.execute(sql, key).fetchone()) for key in keys]
             return [None if row is None else self._record(row, *key) for key, row in rows]
 
-    def present(self, query_ids: np.ndarray, pointers: np.ndarray) -> np.ndarray:
-        """Bool [n]: whether the query and pointer have a score, or a reason for having none."""
-        sql = "SELECT query_id, pointer FROM scores WHERE query_id = ? AND pointer = ?"
-        keys = zip(as_ids(query_ids), schema.pack_padded(pointers, "pointers"), strict=True)
-        with named_errors(self.path):
-            found = [self._db.execute(sql, key).fetchone() == key for key in keys]
-        return np.array(found, bool)
-
-    def missing(self, query_ids: np.ndarray, pointers: np.ndarray) -> np.ndarray:
-        """Bool [n]: what `present` is not, that is, what is still to be scored."""
-        return ~self.present(query_ids, pointers)
-
     def scored_queries(self) -> np.ndarray:
         """Int64 [n]: the queries that have scores, in rising order."""
         with named_errors(self.path):

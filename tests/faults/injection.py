@@ -4,7 +4,7 @@ By hand, on any run; the driver must come through, and the result must be as wit
 
     PYTHONPATH=tests QWEN_BRIDGE_FACTORIES=faults.injection \\
     LEVER_FAULTS='crash=0.05,hang=0.01,nan=0.02,seed=3' \\
-    python -m experiments.mine --factory=faults.injection:build --deadline_s=20 --workdir=/tmp/x
+    python -m experiments.mine --factory=faults.injection:build --deadline_s=20 --workdir=runs/hail
 
 `LEVER_FAULTS` holds, separated by commas, `FAULT=P` (the probability a request), `FAULT@prompts=P`
 (that share of all prompts, by a hash of prompt and seed, always meets the fault), `seed=N`,

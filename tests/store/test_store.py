@@ -81,8 +81,6 @@ def test_order_of_a_pointer_matters_and_absent_is_none(store):
     queries, pointers = np.array([7, 7, 7, 8]), np.array([[3, 1], [1, 3], [3, -1], [3, 1]])
     found = store.get_scores(queries, pointers)
     assert [record is None for record in found] == [False, True, True, True]
-    assert store.missing(queries, pointers).tolist() == [False, True, True, True]
-    assert store.present(queries, pointers).dtype == bool
 
 
 def test_numbers_that_sqlite_changes_still_verify(store):
@@ -139,7 +137,7 @@ def test_padding_only_at_the_end(store):
     with pytest.raises(ValueError, match="row 1 is"):
         store.get_scores(np.array([1, 1]), np.array([[1, -1], [-1, 1]]))
     with pytest.raises(ValueError, match="row 0 is"):
-        store.missing(np.array([1]), np.array([[1, -2]]))
+        store.get_scores(np.array([1]), np.array([[1, -2]]))
 
 
 # --- transactions and stages --------------------------------------------------------------------
