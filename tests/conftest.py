@@ -12,7 +12,6 @@ import signal
 import tempfile
 
 import pytest
-from random_qwen import write_checkpoint
 
 # Before anything imports jax; the processes that tests start inherit it.
 os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
@@ -36,6 +35,8 @@ def shared():
 @pytest.fixture(scope="session")
 def random_qwen(shared, tmp_path_factory):
     """A checkpoint folder as published, but small and with random weights."""
+    from random_qwen import write_checkpoint  # Only here: it loads torch and transformers.
+
     folder = tmp_path_factory.mktemp("random_qwen")
     write_checkpoint(folder, shared / "qwen2_5_vl")
     return folder

@@ -10,7 +10,8 @@ from pathlib import Path
 
 SETTLE_S = 5.0
 # Every process that this one starts has it in its environment, also those that it loses sight of.
-os.environ.setdefault("LEVER_TEST_RUN", uuid.uuid4().hex)
+# Not what it inherits: of two pytest processes that run side by side each has to have its own.
+os.environ["LEVER_TEST_RUN"] = uuid.uuid4().hex
 
 
 def children(pid: int | None = None) -> set[int]:

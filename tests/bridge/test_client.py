@@ -11,9 +11,10 @@ import time
 import numpy as np
 import pytest
 import trivial_scorer
+from ctrl_c import at_work, press
 from leaks import alive, children, descriptors
 
-from qwen_bridge import jobs
+from qwen_bridge import jobs, supervision
 from qwen_bridge.client import Environment
 from qwen_bridge.errors import InputError, WorkerError
 from qwen_bridge.protocol import JUDGED, ProtocolError
@@ -273,23 +274,27 @@ def test_a_killer_does_not_hide_among_the_embedded(environment, monkeypatch):
 
 def test_hang(environment, tmp_path, capfd):
     faults = [{"fault": "hang", "request": 1, "once": str(tmp_path / "struck")}]
-    env = environment({"faults": faults}, deadline_s=0.3)
-    started = time.monotonic()
+    env = environment({"faults": faults}, deadline_s=1.0)  # A busy machine takes some of it.
     check(env.score(QUERIES, POINTERS, batch_size=32))
-    assert time.monotonic() - started < 10
     assert env.stats["restarts"] == 1
     assert "injection.py" in capfd.readouterr().err  # the stack of the hung worker
 
 
 def test_a_slow_driver_is_not_a_hung_worker(environment):
-    env = environment(deadline_s=0.2)
-    check(env.score(QUERIES, POINTERS, on_batch=lambda *_: time.sleep(0.05), batch_size=16))
+    env = environment(deadline_s=1.0)
+    pauses = iter([1.1, 0.3, 0.3, 0.3])  # One that is too long, and several that are so together.
+    check(
+        env.score(
+            QUERIES, POINTERS, on_batch=lambda *_: time.sleep(next(pauses, 0.0)), batch_size=16
+        )
+    )
+    assert next(pauses, None) is None
     assert env.stats["restarts"] == 0
 
 
 def test_ctrl_c_reaches_the_driver_only(environment):
     env = environment({"delay_s": 0.2})
-    threading.Timer(0.1, os.kill, (os.getpid(), signal.SIGINT)).start()
+    press(at_work(env))
     with pytest.raises(KeyboardInterrupt):
         env.score(QUERIES, POINTERS, batch_size=8)
     os.kill(env._scheduler.seats[0].worker.pid, signal.SIGINT)
@@ -347,15 +352,15 @@ def test_scorer_with_its_own_hello(environment):
     assert (env.hello["model"], env.hello["embedding_dim"]) == ("own", 6)
 
 
-def test_close_while_busy_is_quick_and_final(environment):
+def test_close_while_busy_is_quick_and_final(environment, monkeypatch):
+    monkeypatch.setattr(supervision, "EXIT_GRACE_S", 60.0)
     env = environment({"faults": [{"fault": "hang"}]}, workers=2)
-
-    threading.Timer(0.1, os.kill, (os.getpid(), signal.SIGINT)).start()
+    press(at_work(env))
     with pytest.raises(KeyboardInterrupt):
         env.score(QUERIES, POINTERS)
     started = time.monotonic()
     env.close()
-    assert time.monotonic() - started < 1.5
+    assert time.monotonic() - started < 20.0  # They are not waited for.
     env.close()
     with pytest.raises(RuntimeError, match="closed"):
         env.score([1], [[2]])

@@ -15,6 +15,7 @@ from lever_jax.errors import InputError
 from lever_jax.ledger import ALONE, KILLS, count_states
 from lever_jax.scoring import ScoringService
 from lever_jax.store import ScoreRecord, Store
+from lever_jax.store_schema import pack_pointer
 
 FINGERPRINT = {"model": "tiny"}
 
@@ -34,7 +35,7 @@ class Arithmetic:
 
     def __init__(self, batch=16, on_prompt=lambda query, pointer: None, failing=()):
         self.batch, self.on_prompt, self.failing = batch, on_prompt, set(failing)
-        self.calls, self.asked = [], []
+        self.calls, self.asked, self.certified = [], [], -1
 
     def score(self, queries, pointers, on_batch=None):
         self._run("score", queries, pointers, on_batch)
@@ -55,7 +56,7 @@ class Arithmetic:
             result = types.SimpleNamespace(
                 gt_prob=value,
                 answer_log_probs=np.log(value)[:, None],
-                certified=np.full(len(rows), -1),
+                certified=np.full(len(rows), self.certified),
                 margin=value,
                 texts=["sept"] * len(rows),
                 reasons={i: "broken" for i, p in enumerate(prompts) if p in self.failing},
@@ -153,18 +154,30 @@ def test_an_asked_for_end_counts_nothing(path):
     assert len(environment.calls) == 1
 
 
-def test_what_was_not_committed_was_not_done(path, monkeypatch):
-    """Ctrl-C, or a full disk, in the very moment of a commit."""
-    put_scores, batches = Store.put_scores, iter(range(10**6))
+@pytest.mark.parametrize("step", ["records", "end"])
+def test_what_was_not_committed_was_not_done(path, monkeypatch, step):
+    """Ctrl-C, or a full disk, in the very moment of a commit: the records and the end go together.
+
+    After the last batch of the first job has been put, or after the job has been marked as done.
+    """
+    put_scores, write, batches = Store.put_scores, ledger.Ledger.write, iter(range(10**6))
 
     def stopped(self, records):
         put_scores(self, records)
-        if next(batches) == 15:  # The last batch of the first job.
+        if next(batches) == 15 and step == "records":
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(Store, "put_scores", stopped)
-    with pytest.raises(KeyboardInterrupt):
-        run(path, Arithmetic())
+    def stopped_at_the_end(self, jobs, state):
+        write(self, jobs, state)
+        if state == "done" and jobs:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Store, "put_scores", stopped)
+        if step == "end":
+            patch.setattr(ledger.Ledger, "write", stopped_at_the_end)
+        with pytest.raises(KeyboardInterrupt):
+            run(path, Arithmetic())
     with Store.open(path, read_only=True) as store:
         assert count_states(store) == {"todo": 3, "leased": 0, "done": 0, "failed": 0}
         sizes = sorted(row[4] for row in store.read_rows("jobs"))
@@ -183,6 +196,17 @@ def test_other_errors_are_counted_with_their_words(path):
         (row,) = store.read_rows("jobs")
     assert (row[2], row[3], row[4]) == ("todo", 1, 10)
     assert "RuntimeError: no kernel for" in row[7]
+
+
+@pytest.mark.parametrize("certified", [0, 3, -2])
+def test_an_answer_that_stage_a_has_proven_is_not_generated(path, certified):
+    """Right, in whichever column, or wrong (-2): the VLM need not be asked again."""
+    environment = Arithmetic()
+    environment.certified = certified
+    records = run(path, environment, "answer", count=40)
+    assert {(record.how, record.prediction) for record in records} == {("verified", "sept")}
+    assert [verb for verb, _ in environment.calls] == ["score"]
+    assert content(path)[0] == sorted(records, key=lambda r: (r.query_id, pack_pointer(r.pointer)))
 
 
 @pytest.mark.parametrize("verb", ["score", "answer"])
