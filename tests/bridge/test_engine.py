@@ -2,6 +2,7 @@
 
 import logging
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ from experiments.simulated_workers import SimulatedWorker, VirtualEngine
 from qwen_bridge.channel import PeerGone
 from qwen_bridge.client import Environment
 from qwen_bridge.errors import WorkerError
+from qwen_bridge.messages import Failure, Hello, Result
 from qwen_bridge.protocol import empty_score
 
 QUERIES = np.repeat(np.arange(40), 8)
@@ -153,6 +155,65 @@ def test_a_place_that_is_closed_during_the_start_is_not_waited_for():
         assert [seat.closed for seat in env._scheduler.seats] == [True, False]
         check(env, engine)
         assert sorted(engine.served) == [1]
+
+
+def test_a_worker_that_had_nothing_to_do_has_its_whole_deadline():
+    """Between two calls, and within one while the driver is busy with something else."""
+    engine = Elastic(places=2)
+    queries = QUERIES[:40]
+
+    def busy(rows, batch):
+        engine._added += 50.0
+
+    with Environment({}, engine=engine, deadline_s=20.0) as env:
+        for on_batch in (None, busy, None):
+            scores = env.score(queries, POINTERS[:40], on_batch, batch_size=8)
+            np.testing.assert_allclose(scores.gt_prob, queries / 100, atol=1e-6)
+            engine._added += 1000.0
+        assert env.stats["restarts"] == 0
+
+
+class Confused(Elastic):
+    """What its only worker says of its fifth request is put in other words by `change`."""
+
+    def __init__(self, change):
+        super().__init__()
+        self.change = change
+
+    def start(self, index, settings):
+        return ConfusedWorker(self, settings, index)
+
+
+class ConfusedWorker(ElasticWorker):
+    """Confused once."""
+
+    def receive_ready(self):
+        messages = super().receive_ready()
+        for place, message in enumerate(messages):
+            if isinstance(message, Result) and message.job == 4 and self._engine.change:
+                messages[place], self._engine.change = self._engine.change(message), None
+        return messages
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda result: replace(result, job=5),
+        lambda result: replace(result, slot=result.slot ^ 1),
+        lambda result: replace(result, rows=result.rows - 1, texts=result.texts[1:]),
+        lambda result: Failure(5, "ZeroDivisionError", "of another request", False, ""),
+        lambda result: Hello({"embedding_dim": 1, "parts": {}, "model": "simulated"}),
+    ],
+    ids=["job", "slot", "rows", "failure", "hello"],
+)
+def test_a_reply_to_something_else_is_nonsense(change, caplog):
+    engine = Confused(change)
+    with Environment({}, engine=engine, backoff_s=0.001) as env:
+        scores = env.score(QUERIES, POINTERS, batch_size=8)
+        np.testing.assert_allclose(scores.gt_prob, QUERIES / 100, atol=1e-6)
+        assert engine.change is None
+        assert (env.stats["restarts"], env.stats["prompts_given_up"]) == (1, 0)
+    assert "answered nonsense" in caplog.text
 
 
 @pytest.mark.parametrize("size", [1, 8, 64])

@@ -1,8 +1,10 @@
 """Checkpoints: whole or not at all, and only into the tree they were saved from."""
 
+import itertools
 import json
 import logging
 import os
+import pathlib
 import shutil
 import time
 from typing import NamedTuple
@@ -220,6 +222,47 @@ def test_a_kill_between_the_two_renames_loses_nothing(path):
     checkpoint.save(path, {"w": jnp.zeros(2)}, {"phase": "new"})
     assert checkpoint.read_metadata(path) == {"phase": "new"}
     assert os.listdir(path.parent) == ["rce"]
+
+
+@pytest.mark.parametrize("step", [0, 1])
+def test_a_save_that_ends_at_a_rename_leaves_the_old_checkpoint(path, monkeypatch, step):
+    checkpoint.save(path, {"w": jnp.ones(2)}, {"phase": "old"})
+    rename, calls = pathlib.Path.rename, itertools.count()
+
+    def stop(self, target):
+        if next(calls) == step:
+            raise KeyboardInterrupt
+        return rename(self, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(pathlib.Path, "rename", stop)
+        with pytest.raises(KeyboardInterrupt):
+            checkpoint.save(path, {"w": jnp.zeros(2)}, {"phase": "new"})
+    assert next(calls) == step + 1
+    restored, metadata = checkpoint.restore(path, {"w": jnp.zeros(2)})
+    assert_equal(restored, {"w": jnp.ones(2)})
+    assert metadata == {"phase": "old"}
+
+
+def test_all_is_on_disk_before_it_takes_its_place(path, monkeypatch):
+    rename, fsync, steps = pathlib.Path.rename, os.fsync, []
+
+    def moved(self, target):
+        if self.name.endswith(".partial"):
+            steps.append({str(p) for p in (self, *self.rglob("*"))})
+        return rename(self, target)
+
+    def synced(fd):
+        steps.append(os.readlink(f"/proc/self/fd/{fd}"))
+        fsync(fd)
+
+    monkeypatch.setattr(pathlib.Path, "rename", moved)
+    monkeypatch.setattr(os, "fsync", synced)
+    checkpoint.save(path, {"w": jnp.ones(2)}, {})
+    (at,) = (i for i, step in enumerate(steps) if isinstance(step, set))
+    assert len(steps[at]) > 5
+    assert steps[at] <= set(steps[:at])
+    assert str(path.parent) in steps[at + 1 :]
 
 
 def test_a_failed_save_leaves_the_old_checkpoint(path, monkeypatch):

@@ -14,7 +14,7 @@ from lever_jax import ledger, store_schema
 from lever_jax.errors import InputError
 from lever_jax.ledger import ALONE, KILLS, count_states
 from lever_jax.scoring import ScoringService
-from lever_jax.store import ScoreRecord, Store
+from lever_jax.store import ScoreRecord, Store, StoreError
 from lever_jax.store_schema import pack_pointer
 
 FINGERPRINT = {"model": "tiny"}
@@ -198,6 +198,23 @@ def test_other_errors_are_counted_with_their_words(path):
     assert "RuntimeError: no kernel for" in row[7]
 
 
+def test_a_lease_that_cannot_be_given_back_hides_no_error_and_counts_later(path, monkeypatch):
+    def fail(query, pointer):
+        raise RuntimeError("no kernel")
+
+    def full(*_):
+        raise StoreError("make space")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ledger.Ledger, "give_back", full)
+        with pytest.raises(RuntimeError, match="no kernel"):
+            run(path, Arithmetic(on_prompt=fail), count=10)
+    with Store.open(path, FINGERPRINT) as store:
+        ledger.Ledger(store)
+        (row,) = store.read_rows("jobs")
+    assert (row[2], row[3], row[4]) == ("todo", 1, 10)
+
+
 @pytest.mark.parametrize("certified", [0, 3, -2])
 def test_an_answer_that_stage_a_has_proven_is_not_generated(path, certified):
     """Right, in whichever column, or wrong (-2): the VLM need not be asked again."""
@@ -249,6 +266,21 @@ def test_prompts_that_kill_the_driver_are_found_and_given_up(path, tmp_path, dyi
             assert record == clean[record.query_id, record.pointer]
     assert len(stored) == 700
     assert (states["failed"], states["todo"], states["leased"]) == (3, 0, 0)
+
+
+def test_the_least_suspected_come_first(path):
+    queries, pointers = prompts(5)
+    order = []
+    with Store.open(path, FINGERPRINT) as store:
+        book = ledger.Ledger(store)
+        for row, attempts in enumerate([KILLS + 2, KILLS, 0, KILLS + 1, 1]):
+            prompt = np.column_stack([queries, pointers])[[row]]
+            book.write([ledger.Job("score", prompt, attempts)], "todo")
+        for lease in book.leases("score", queries, pointers):
+            order.append(sorted(lease.rows.tolist()))
+            with lease, lease.landing(np.arange(len(lease.rows))):
+                pass
+    assert order == [[2, 4], [1], [3], [0]]
 
 
 # Short lives over many small calls: the last prompts of each see one death after another.

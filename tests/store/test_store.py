@@ -150,6 +150,13 @@ def put_and_raise(store, records, error):
         raise error
 
 
+def test_a_commit_waits_until_it_is_on_disk(store):
+    """A power cut cannot be tried here; that SQLite is told to sync can be seen."""
+    (mode,), (sync,) = (store._db.execute(f"PRAGMA {name}").fetchone()
+                        for name in ("journal_mode", "synchronous"))  # fmt: skip
+    assert (mode, sync) == ("wal", 2)  # FULL
+
+
 def test_transactions_nest(store):
     with store.transaction():
         store.put_scores([scored(1, (1,))])
