@@ -64,9 +64,23 @@ def mappings() -> int:
 
 
 def files() -> set[str]:
-    """Shared memory and temporary files that have a name and are ours by it."""
-    places = (Path("/dev/shm"), Path(tempfile.gettempdir()))
-    return {str(path) for place in places for path in place.glob("qwen_bridge*")}
+    """Shared memory and temporary files that have a name and are the bridge's by it.
+
+    Not those that a process holds a lock on: another test run beside this one works with them. If
+    it is this process, `descriptors` tells.
+    """
+    held = {line.split()[5].rpartition(":")[2] for line in _locks() if "->" not in line}
+    found = set()
+    for place in (Path("/dev/shm"), Path(tempfile.gettempdir())):
+        for path in place.glob("qwen_bridge*"):
+            with contextlib.suppress(FileNotFoundError):
+                if str(path.stat().st_ino) not in held:
+                    found.add(str(path))
+    return found
+
+
+def _locks() -> list[str]:
+    return Path("/proc/locks").read_text().splitlines()
 
 
 def sockets(pid: int) -> set[str]:
@@ -115,11 +129,14 @@ def leaving_nothing():
     deadline = time.monotonic() + SETTLE_S  # A worker whose driver was killed needs a moment.
     while workers() - before[1] and time.monotonic() < deadline:
         time.sleep(0.01)
-    assert children() <= before[0]
-    assert not {pid for pid in workers() - before[1] if alive(pid)}
+    started = children() - before[0]
+    assert not started, f"left as children: {started}"
+    working = {pid for pid in workers() - before[1] if alive(pid)}
+    assert not working, f"left at work: {working}"
     opened = dict(descriptors().items() - before[2].items())
     assert not opened, f"left open: {opened}"
-    assert mappings() == before[3]
+    assert mappings() == before[3], f"mapped {before[3]} times before, {mappings()} now"
     named = files() - before[4]
     assert not named, f"left behind: {named}"
-    assert not ports(os.getpid())
+    listening = ports(os.getpid())
+    assert not listening, f"left listening: {listening}"

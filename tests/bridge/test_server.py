@@ -2,6 +2,7 @@
 
 import os
 import random
+import re
 import subprocess
 import sys
 import threading
@@ -182,26 +183,34 @@ def test_broken_stream_ends_the_server(driver):
     assert driver.code == 0
 
 
+ELSEWHERE, FORM, NONE = "is neither in qwen_bridge nor", "is not of the form", "defines no such"
+
+
 @pytest.mark.parametrize(
-    "name",
+    ("name", "why"),
     [
-        "os:system",
-        "qwen_bridge:x",
-        "qwen_bridge.client",
-        "qwen_bridge.client:weakref.finalize",
-        "qwen_bridge.client:contextlib",
-        "qwen_bridge.client:np",
-        "qwen_bridge.worker_process:subprocess",
-        "qwen_bridge.server:_reply",
-        "qwen_bridge.server:nothing",
-        "qwen_bridge..server:main",
-        "qwen_bridge_evil.x:main",
-        "",
+        ("os:system", ELSEWHERE),
+        ("json:loads", ELSEWHERE),
+        ("never_imported:build", ELSEWHERE),
+        ("qwen_bridge:x", ELSEWHERE),
+        ("qwen_bridge_evil.x:main", ELSEWHERE),
+        ("qwen_bridge.client", FORM),
+        ("qwen_bridge.client:weakref.finalize", FORM),
+        ("qwen_bridge.server:_reply", FORM),
+        ("qwen_bridge..server:main", FORM),
+        ("", FORM),
+        ("qwen_bridge.client:contextlib", NONE),
+        ("qwen_bridge.worker_process:subprocess", NONE),
+        ("qwen_bridge.server:encode", NONE),  # A function, but of another module.
+        ("qwen_bridge.server:nothing", NONE),
+        ("qwen_bridge.nowhere:build", "cannot be imported"),
     ],
 )
-def test_factories_from_elsewhere_are_refused(name, monkeypatch):
+def test_factories_from_elsewhere_are_refused(name, why, monkeypatch, tmp_path):
     monkeypatch.delenv("QWEN_BRIDGE_FACTORIES", raising=False)
-    with pytest.raises(InputError, match="--factory"):
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "never_imported.py").write_text("raise AssertionError")
+    with pytest.raises(InputError, match=f"^--factory={re.escape(name)}.* {why}"):
         load_factory(name)
 
 

@@ -268,21 +268,6 @@ def test_prompts_that_kill_the_driver_are_found_and_given_up(path, tmp_path, dyi
     assert (states["failed"], states["todo"], states["leased"]) == (3, 0, 0)
 
 
-def test_the_least_suspected_come_first(path):
-    queries, pointers = prompts(5)
-    order = []
-    with Store.open(path, FINGERPRINT) as store:
-        book = ledger.Ledger(store)
-        for row, attempts in enumerate([KILLS + 2, KILLS, 0, KILLS + 1, 1]):
-            prompt = np.column_stack([queries, pointers])[[row]]
-            book.write([ledger.Job("score", prompt, attempts)], "todo")
-        for lease in book.leases("score", queries, pointers):
-            order.append(sorted(lease.rows.tolist()))
-            with lease, lease.landing(np.arange(len(lease.rows))):
-                pass
-    assert order == [[2, 4], [1], [3], [0]]
-
-
 # Short lives over many small calls: the last prompts of each see one death after another.
 @pytest.mark.parametrize(("most", "size"), [(60, 900), (8, 60)])
 def test_random_deaths_blame_nobody(path, tmp_path, dying, most, size):

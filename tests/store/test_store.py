@@ -329,6 +329,22 @@ def test_files_that_are_no_stores_are_refused_and_left_alone(path):
         Store.open(path.parent / "file" / "store.sqlite", FINGERPRINT)
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("DROP INDEX failed_scores", "table failed_scores is missing, so the file is damaged"),
+        ("CREATE TABLE more (x)", "table more is not as this code creates it"),
+        ("ALTER TABLE pools ADD COLUMN x", "table pools is not as this code creates it"),
+    ],
+)
+def test_tables_that_are_not_as_they_should_be_are_named(store, path, change, message):
+    store._db.execute(change)
+    store.close()
+    for read_only in (False, True):
+        with pytest.raises(StoreError, match=message):
+            Store.open(path, FINGERPRINT, read_only=read_only)
+
+
 def test_migrations_go_forward_only(store, path, monkeypatch):
     store.put_scores([scored(1, (2,))])
     store.close()
