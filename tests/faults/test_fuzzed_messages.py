@@ -5,7 +5,6 @@ The worker is a process of its own, as in a run; only the driver's end is ours.
 
 import random
 import secrets
-import threading
 
 import msgpack
 import numpy as np
@@ -111,6 +110,8 @@ def out_of_order(rng):
 
 KINDS = (random_bytes, cut, flipped, trailing, oversized, as_large_as_can_be, nested,
          lying_lengths, other_fields, other_request, out_of_order)  # fmt: skip
+# By chance these are good ones, or ask for what is there.
+MAY_BE_GOOD = (flipped, other_fields, other_request)
 
 
 class Driver:
@@ -125,9 +126,7 @@ class Driver:
         """Sends raw bytes; whoever receives may be slower than we are."""
         sock = self.worker.channel._sock
         sock.settimeout(PATIENCE_S)
-        sender = threading.Thread(target=sock.sendall, args=(data,))
-        sender.start()
-        sender.join()
+        sock.sendall(data)
         sock.setblocking(False)
 
     def reply(self):
@@ -151,8 +150,10 @@ def test_hostile_messages(story, messages):
     write_arrays(driver.worker.arena.view(0), request_arrays("score", 2, 2), arrays)
     try:
         for number in range(messages):
-            driver.post(KINDS[number % len(KINDS)](rng))
-            assert isinstance(driver.reply(), Failure | Result), f"seed {seed}, message {number}"
+            kind = KINDS[number % len(KINDS)]
+            driver.post(kind(rng))
+            reply, fitting = driver.reply(), Failure | Result if kind in MAY_BE_GOOD else Failure
+            assert isinstance(reply, fitting), f"seed {seed}, message {number}: {reply}"
             if number % 20 == 0:
                 result = driver.score(number)
                 assert isinstance(result, Result), f"seed {seed}, message {number}: {result}"

@@ -201,6 +201,9 @@ def test_edited_metadata_is_refused(path):
         file.write_text(text)
         with pytest.raises(InputError, match="cut or edited"):
             checkpoint.restore(path, {"w": jnp.ones(2)})
+    os.truncate(file, 2**26 + 1)  # It is not even read.
+    with pytest.raises(InputError, match="cut or edited: too long"):
+        checkpoint.read_metadata(path)
 
 
 def test_arrays_that_orbax_reads_differently_are_refused(path, monkeypatch):
