@@ -1,12 +1,12 @@
 """Images that cannot be read: zero, named, never cached, in no pool; and how many are too many."""
 
-import contextlib
 import dataclasses
 
 import jax
 import numpy as np
 import pytest
 from PIL import Image
+from progress import no_bar
 
 from lever_jax.pooled import Embedded, PoolConfig, pool_queries
 from lever_jax.selector import SelectorConfig, make_selector
@@ -22,12 +22,6 @@ PARTS = {"image": (0, 4), "question": (4, 7), "answer": (7, 10)}
 SIZES = {"bank": 30, "train": 8, "eval": 2}
 # Demonstrations 3 and 4 have the same broken bytes, 5 has no file; queries 1 and 6 of train.
 BROKEN = {"bank/3.png", "bank/4.png", "bank/5.png", "query/1.png", "query/6.png"}
-
-
-@contextlib.contextmanager
-def no_bar(label, total):
-    del label, total
-    yield lambda count: None
 
 
 class Workers:

@@ -1,10 +1,10 @@
 """The driver's embeddings: equal to the workers' own, and no vector computed twice."""
 
 import collections
-import contextlib
 
 import numpy as np
 import pytest
+from progress import no_bar
 
 from qwen_bridge.embedding_cache import EmbeddingCache
 from qwen_bridge.errors import InputError
@@ -12,12 +12,6 @@ from qwen_bridge.protocol import EmbedBatch
 from qwen_bridge.vqa.digits import DigitsConfig, load_digits_world
 
 PARTS = {"image": (0, 4), "question": (4, 7), "answer": (7, 10)}
-
-
-@contextlib.contextmanager
-def no_bar(label, total):
-    del label, total
-    yield lambda count: None
 
 
 class Workers:

@@ -1,16 +1,16 @@
 """A mining job of its own process that starts fast: the real loop, store and bridge, no model.
 
-    PYTHONPATH=. python tests/faults/mining_job.py FOLDER QUERIES '{"log": "served", ...}'
+    PYTHONPATH=.:tests python tests/faults/mining_job.py FOLDER QUERIES '{"log": "served", ...}'
 
 It prints "mining" when it begins and "done" at the end; the same command resumes it.
 """
 
-import contextlib
 import json
 import sys
 from pathlib import Path
 
 import numpy as np
+from progress import no_bar
 
 from lever_jax.mining import MiningConfig, mine
 from lever_jax.pooled import PooledQueries
@@ -23,12 +23,6 @@ POOL, SHOTS, STAGE, BATCH = 8, 2, "mine", 8
 CONFIG = MiningConfig(
     proposals=24, quotas={"sample": 20}, verify_best=5, verify_low=3, verify_uniform=2, batch=10
 )
-
-
-@contextlib.contextmanager
-def no_bar(label, total):
-    """No progress bar."""
-    yield lambda count: None
 
 
 class HashedProposer:

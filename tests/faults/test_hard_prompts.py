@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from conftest import SMALL
 from faults.injection import chosen
+from progress import no_bar
 from worker_settings import SETTINGS
 
 from lever_jax.scoring import ScoringService
@@ -29,7 +30,7 @@ def scored(path, queries, pointers, factory, settings, **options):
         Environment(settings, factory=factory, workers=2, threads=1, **options) as environment,
         Store.open(path, {"model": "any"}) as store,
     ):
-        service = ScoringService(store, mining_job.Batched(environment), mining_job.no_bar)
+        service = ScoringService(store, mining_job.Batched(environment), no_bar)
         return service.verify(queries, pointers, label="prompts"), environment.stats
 
 

@@ -1,10 +1,9 @@
 """A small world of the policy half: random embeddings, a store, and the fake VLM."""
 
-import contextlib
-
 import jax
 import numpy as np
 from fake import FakeEnvironment
+from progress import no_bar
 
 from lever_jax.pooled import Embedded, PoolConfig, pool_queries
 from lever_jax.proposing import Proposer
@@ -13,12 +12,6 @@ from lever_jax.selector import SelectorConfig, make_selector
 from lever_jax.store import Store
 
 PARTS = {"image": (0, 6), "question": (6, 10), "answer": (10, 14)}
-
-
-@contextlib.contextmanager
-def no_bar(label, total):
-    del label, total
-    yield lambda count: None
 
 
 class World:

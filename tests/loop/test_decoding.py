@@ -9,7 +9,7 @@ import jax
 import numpy as np
 import pytest
 from fake import FakeEnvironment, key, worth
-from small_world import no_bar
+from progress import no_bar
 
 from lever_jax.decoding import DECODINGS, answer_best, decode, is_oracle, other_orders
 from lever_jax.policy import sequence_log_probs

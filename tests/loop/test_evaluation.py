@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 import scipy.stats
 from fake import FakeEnvironment, worth
-from small_world import PARTS, no_bar
+from progress import no_bar
+from small_world import PARTS
 
 from lever_jax.errors import InputError
 from lever_jax.evaluation import EvaluationConfig, best_similarity, evaluate, gap_closed

@@ -8,7 +8,7 @@ import jax
 import numpy as np
 import pytest
 from fake import FakeEnvironment, key, worth
-from small_world import no_bar
+from progress import no_bar
 
 from lever_jax.batches import Batches
 from lever_jax.errors import InputError

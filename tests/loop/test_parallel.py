@@ -19,7 +19,7 @@ def test_two_devices_train_and_draw_as_one_does():
     environment = {
         **os.environ,
         "XLA_FLAGS": "--xla_force_host_platform_device_count=2",
-        "PYTHONPATH": f"{HERE}:{HERE.parents[1]}",
+        "PYTHONPATH": f"{HERE}:{HERE.parent}:{HERE.parents[1]}",
     }
     done = subprocess.run(
         [sys.executable, HERE / "two_devices.py"], env=environment, capture_output=True, text=True,

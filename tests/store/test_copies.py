@@ -7,6 +7,7 @@ import sys
 
 import numpy as np
 import pytest
+from chance import fresh_rng
 
 from lever_jax.errors import InputError
 from lever_jax.store import ScoreRecord, Store, StoreError
@@ -60,9 +61,7 @@ def content(path):
 
 @pytest.mark.parametrize("parts", [2, 3, 7])
 def test_a_split_store_merges_into_itself(tmp_path, parts):
-    seed = int(np.random.default_rng().integers(2**31))
-    print(f"seed {seed}")
-    whole = make(tmp_path / "whole", [3, 1, 4, 15, 9, 2**62], seed=seed)
+    whole = make(tmp_path / "whole", [3, 1, 4, 15, 9, 2**62], seed=fresh_rng())
     outs = [tmp_path / f"part{i}" for i in range(parts)]
     queries = split_store(whole, outs)
     assert sum(queries) == 6

@@ -5,6 +5,7 @@ import sqlite3
 
 import numpy as np
 import pytest
+from chance import fresh_rng
 from damage import row_places
 
 from lever_jax import store_schema as schema
@@ -181,9 +182,7 @@ def flip(path, sound_path, rng, place):
 
 def flipped(tmp_path, sound, count):
     path, truth, places = sound
-    seed = int(np.random.default_rng().integers(2**31))
-    print(f"seed {seed}")
-    rng = np.random.default_rng(seed)
+    rng = fresh_rng()
     size = path.stat().st_size
     outcomes = {"whole": 0, "named": 0, "refused": 0}
     for n in range(count):
@@ -198,9 +197,7 @@ def flipped(tmp_path, sound, count):
 
 def cut(tmp_path, sound, count):
     path, truth, places = sound
-    seed = int(np.random.default_rng().integers(2**31))
-    print(f"seed {seed}")
-    rng = np.random.default_rng(seed)
+    rng = fresh_rng()
     whole = path.read_bytes()
     outcomes = {"whole": 0, "named": 0, "refused": 0}
     for length in [1, 99, 100, 4096, *map(int, rng.integers(1, len(whole), count - 4))]:
@@ -324,9 +321,7 @@ def test_a_log_cut_at_every_byte_of_its_last_transaction(tmp_path):
 
 def check_flipped_log(tmp_path, count):
     main, log, _, truths = logged(tmp_path, 4)
-    seed = int(np.random.default_rng().integers(2**31))
-    print(f"seed {seed}")
-    rng = np.random.default_rng(seed)
+    rng = fresh_rng()
     for place in [*map(int, rng.integers(0, len(log), count - 3)), 1, 17, 28]:
         data = bytearray(log)
         data[place] ^= int(rng.integers(1, 256))

@@ -6,9 +6,10 @@ import sqlite3
 import subprocess
 import sys
 
-import numpy as np
 import pytest
-from test_ledger import FINGERPRINT, Arithmetic, content, no_bar, prompts
+from arithmetic import FINGERPRINT, PLACES, Arithmetic, content, prompts
+from chance import fresh_rng
+from progress import no_bar
 
 from lever_jax.ledger import count_states
 from lever_jax.scoring import ScoringService
@@ -50,9 +51,7 @@ def check_readable(path, kept):
 
 
 def check_full(disk, rounds, tmp_path):
-    seed = int(np.random.default_rng().integers(2**31))
-    print(f"seed {seed}")
-    rng = np.random.default_rng(seed)
+    rng = fresh_rng()
     path, ballast = disk / "store.sqlite", disk / "ballast"
     full, kept, refused = 0, 0, []
     for _ in range(rounds):
@@ -98,7 +97,7 @@ def test_a_full_disk_at_many_moments(small_disk, tmp_path):
 
 LIMITED = """
 import resource, signal, sys
-sys.path.insert(0, {folder!r})
+sys.path[:0] = {places!r}
 from test_disk_full import work
 from lever_jax.store import StoreError
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
@@ -112,9 +111,8 @@ except StoreError as error:
 
 def test_a_limit_of_file_sizes(tmp_path):
     path = tmp_path / "store.sqlite"
-    folder = os.path.dirname(__file__)
     for limit in (100_000, 300_000):
-        script = LIMITED.format(folder=folder, limit=limit, path=str(path))
+        script = LIMITED.format(places=PLACES, limit=limit, path=str(path))
         done = subprocess.run(
             [sys.executable, "-c", script], check=True, capture_output=True, text=True
         )

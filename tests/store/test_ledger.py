@@ -5,10 +5,12 @@ import gzip
 import pathlib
 import subprocess
 import sys
-import types
 
 import numpy as np
 import pytest
+from arithmetic import FINGERPRINT, PLACES, Arithmetic, Death, content, prompts, run
+from chance import fresh_rng
+from progress import no_bar
 
 from lever_jax import ledger, store_schema
 from lever_jax.errors import InputError
@@ -16,75 +18,6 @@ from lever_jax.ledger import ALONE, KILLS, count_states
 from lever_jax.scoring import ScoringService
 from lever_jax.store import ScoreRecord, Store, StoreError
 from lever_jax.store_schema import pack_pointer
-
-FINGERPRINT = {"model": "tiny"}
-
-
-class Death(BaseException):
-    """The end of a driver that had no time to write anything down."""
-
-
-@contextlib.contextmanager
-def no_bar(label, total):
-    del label, total
-    yield lambda count: None
-
-
-class Arithmetic:
-    """A VLM whose gt_prob is `query / (query + sum of ids + 1)`; some prompts do something."""
-
-    def __init__(self, batch=16, on_prompt=lambda query, pointer: None, failing=()):
-        self.batch, self.on_prompt, self.failing = batch, on_prompt, set(failing)
-        self.calls, self.asked, self.certified = [], [], -1
-
-    def score(self, queries, pointers, on_batch=None):
-        self._run("score", queries, pointers, on_batch)
-
-    def answer(self, queries, pointers, on_batch=None):
-        self._run("answer", queries, pointers, on_batch)
-
-    def _run(self, verb, queries, pointers, on_batch):
-        self.calls.append((verb, len(queries)))
-        for start in range(0, len(queries), self.batch):
-            rows = np.arange(start, min(start + self.batch, len(queries)))
-            prompts = [(int(queries[i]), tuple(pointers[i].tolist())) for i in rows]
-            for prompt in prompts:
-                self.on_prompt(*prompt)
-            self.asked += [(verb, *prompt) for prompt in prompts]
-            value = np.array([q / (q + sum(p) + 1) for q, p in prompts], np.float32)
-            judged = ("accuracy", "accuracy_official", "confidence", "similarity")
-            result = types.SimpleNamespace(
-                gt_prob=value,
-                answer_log_probs=np.log(value)[:, None],
-                certified=np.full(len(rows), self.certified),
-                margin=value,
-                texts=["sept"] * len(rows),
-                reasons={i: "broken" for i, p in enumerate(prompts) if p in self.failing},
-                **dict.fromkeys(judged, value),
-            )
-            on_batch(rows, result)
-
-
-def prompts(count, queries=20, seed=0):
-    """Distinct prompts of two demonstrations."""
-    rng = np.random.default_rng(seed)
-    ids = rng.choice(queries * 900, count, replace=False)
-    return ids % queries + 1, np.stack([ids // queries // 30, ids // queries % 30], axis=1)
-
-
-def run(path, environment, verb="score", count=700, size=None):
-    """One life of a driver, by default of one call; `Death` leaves the store as it stands."""
-    store = Store.open(path, FINGERPRINT)
-    records, (queries, pointers) = [], prompts(count)
-    try:
-        service = ScoringService(store, environment, no_bar)
-        ask = service.score if verb == "score" else service.verify
-        for start in range(0, count, size or count):
-            some = slice(start, start + (size or count))
-            records += ask(queries[some], pointers[some], label="x")
-        return records
-    finally:
-        store.close()
 
 
 @pytest.fixture
@@ -102,13 +35,6 @@ def dying(monkeypatch):
             give_back(self, kind, error, traceback)
 
     monkeypatch.setattr(ledger.Lease, "__exit__", leave)
-
-
-def content(path):
-    with Store.open(path, read_only=True) as store:
-        assert store.verify() == []
-        assert store.counts()["duplicate_scores"] == store.counts()["duplicate_answers"] == 0
-        return list(store.iter_scores()), count_states(store)
 
 
 def test_jobs_end_with_their_records(path):
@@ -271,9 +197,7 @@ def test_prompts_that_kill_the_driver_are_found_and_given_up(path, tmp_path, dyi
 # Short lives over many small calls: the last prompts of each see one death after another.
 @pytest.mark.parametrize(("most", "size"), [(60, 900), (8, 60)])
 def test_random_deaths_blame_nobody(path, tmp_path, dying, most, size):
-    seed = int(np.random.default_rng().integers(2**31))
-    print(f"seed {seed}")
-    rng = np.random.default_rng(seed)
+    rng = fresh_rng()
     environment = Arithmetic(batch=8)
     deaths = 0
     for _ in range(3600 // most):
@@ -320,8 +244,8 @@ def test_a_call_may_ask_for_a_part_of_what_is_open(path, dying):
 
 KILLER = """
 import contextlib, os, signal, sys
-sys.path.insert(0, {folder!r})
-from test_ledger import Arithmetic, run
+sys.path[:0] = {places!r}
+from arithmetic import Arithmetic, run
 def kill(query, pointer):
     if (query, pointer) == {bad!r}:
         os.kill(os.getpid(), signal.SIGKILL)
@@ -332,8 +256,7 @@ run({path!r}, Arithmetic(on_prompt=kill), count=300)
 def test_sigkill_of_the_driver_is_counted_by_the_next(path):
     queries, pointers = prompts(300)
     bad = (int(queries[77]), tuple(pointers[77].tolist()))
-    folder = str(pathlib.Path(__file__).parent)
-    script = KILLER.format(folder=folder, path=str(path), bad=bad)
+    script = KILLER.format(places=PLACES, path=str(path), bad=bad)
     ends = []
     while not ends or ends[-1]:
         assert len(ends) < 12
