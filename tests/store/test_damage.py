@@ -12,6 +12,7 @@ from lever_jax import store_schema as schema
 from lever_jax.ledger import Ledger
 from lever_jax.store import ScoreRecord, Store, StoreError
 from lever_jax.store_copies import TABLES
+from lever_jax.store_pages import Layout, Pages
 from lever_jax.store_salvage import salvage
 
 FINGERPRINT = {"model": "tiny", "prompt_template": "a1", "metric": "normalized"}
@@ -345,6 +346,32 @@ def test_twenty_flipped_bytes_of_a_log(tmp_path):
 @pytest.mark.slow
 def test_two_hundred_flipped_bytes_of_a_log(tmp_path):
     check_flipped_log(tmp_path, 200)
+
+
+@pytest.mark.parametrize("restarted", [False, True])
+def test_pages_are_those_that_sqlite_takes_from_a_flipped_log(tmp_path, restarted):
+    """Sound frames behind a broken one do not count, nor those of the log before this one."""
+    rng, path = fresh_rng(), tmp_path / "store"
+    with Store.open(path, FINGERPRINT) as store:
+        store._db.execute("PRAGMA wal_autocheckpoint = 0")
+        for query in range(4):
+            if restarted and query == 3:
+                store._db.execute("PRAGMA wal_checkpoint(RESTART)").fetchall()
+            for record in records_of(query)[:: 10 if query == 3 else 1]:
+                store.put_scores([record])
+        main, log = path.read_bytes(), path.with_name("store-wal").read_bytes()
+    for place in [None, 1, 17, 28, *map(int, rng.integers(0, len(log) // 2, 12))]:
+        data = bytearray(log)
+        if place is not None:
+            data[place] ^= int(rng.integers(1, 256))
+        bad = damaged_log(tmp_path, main, bytes(data))
+        with Pages(bad, Layout()) as pages:
+            ours = b"".join(map(pages.read, range(1, pages.count + 1)))
+            assert place is not None or not pages.beyond
+        db = sqlite3.connect(bad)
+        db.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
+        db.close()
+        assert ours == bad.read_bytes(), place
 
 
 def test_salvage_reads_a_log_as_sqlite_does(tmp_path):

@@ -86,6 +86,21 @@ def test_which_version_counts(salvaged, versions, expected):
     assert torn == ([NAME] if expected is None else [])
 
 
+@pytest.mark.parametrize(("total", "torn"), [(2, []), (3, [NAME])])
+def test_pages_that_sqlite_has_freed_are_left_alone(tmp_path, total, torn):
+    """As long as the list of them can be believed: it has as many as the header says."""
+    whole = store_of(tmp_path / "damaged", OTHER).read_bytes()
+    pages = [page_of(store_of(tmp_path / str(i), record)) for i, record in enumerate((A, B))]
+    freed, trunk = len(whole) // PAGE + 2, len(whole) // PAGE + 3
+    pages.append(struct.pack(">III", 0, 1, freed).ljust(PAGE, b"\0"))
+    file = bytearray(whole + b"".join(pages))
+    struct.pack_into(">II", file, 32, trunk, total)
+    (tmp_path / "damaged").write_bytes(file)
+    assert salvage(tmp_path / "damaged", tmp_path / "out").torn == torn
+    with Store.open(tmp_path / "out") as store:
+        assert list(store.iter_scores([1])) == ([] if torn else [A])
+
+
 def test_a_store_that_is_being_written_is_left_alone(tmp_path):
     path = tmp_path / "store"
     with Store.open(path, FINGERPRINT) as store:
