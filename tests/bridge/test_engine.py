@@ -262,6 +262,17 @@ def test_a_whole_query_that_kills_closes_no_sound_place():
         assert env.stats["workers_closed"] == 0
 
 
+def test_killers_that_are_convicted_side_by_side_are_believed():
+    """More than `IN_VAIN` of them and no result between; but each ended a worker that had one."""
+    queries = np.arange(64)
+    killers = queries[-16:]
+    engine = Elastic(places=16, killers=killers)
+    with Environment({}, engine=engine, backoff_s=0.001) as env:
+        scores = env.score(queries, queries[:, None], batch_size=1)
+        assert sorted(scores.reasons) == killers.tolist()
+        assert env.stats["prompts_given_up"] == len(killers)
+
+
 def test_a_place_that_breaks_for_good_ends_the_call_and_blames_no_prompt():
     """Its workers end on what gave a result before."""
     engine = Elastic()

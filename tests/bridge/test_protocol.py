@@ -163,11 +163,25 @@ def test_malformed_hello(hello):
         msgpack.packb(msgpack.Timestamp(1, 2)),
         msgpack.packb({1: 2}),
         b"\x81\xa3tag\xa2\xff\xff",
-        b"\x00" * (MAX_FRAME_BYTES + 1),
     ],
 )
 def test_other_bytes_are_refused(body):
     with pytest.raises(ProtocolError):
+        decode(body)
+
+
+def test_a_message_that_is_too_long_is_refused_however_good_it_is():
+    fields = {"job": 0, "type": "x", "message": "", "retryable": False, "detail": ""}
+    room = MAX_FRAME_BYTES - len(
+        msgpack.packb({"tag": "failure", **fields, "message": "y" * 2**16})
+    )
+    for more in (0, 1):
+        fields["message"] = "y" * (2**16 + room + more)
+        body = msgpack.packb({"tag": "failure", **fields})
+        assert len(body) == MAX_FRAME_BYTES + more
+        if not more:
+            assert decode(body).message == fields["message"]
+    with pytest.raises(ProtocolError, match=f"{MAX_FRAME_BYTES + 1} bytes; the limit is"):
         decode(body)
 
 
