@@ -11,6 +11,7 @@ from experiments.simulated_workers import SimulatedWorker, VirtualEngine
 from qwen_bridge.channel import PeerGone
 from qwen_bridge.client import Environment
 from qwen_bridge.errors import WorkerError
+from qwen_bridge.jobs import KILLS
 from qwen_bridge.messages import Failure, Hello, Result
 from qwen_bridge.protocol import empty_score
 
@@ -260,6 +261,17 @@ def test_a_whole_query_that_kills_closes_no_sound_place():
         scores = env.score(queries, np.arange(len(queries))[:, None], batch_size=1)
         assert sorted(scores.reasons) == np.flatnonzero(np.isin(queries, killers)).tolist()
         assert env.stats["workers_closed"] == 0
+
+
+@pytest.mark.parametrize("places", [1, 2])
+def test_a_call_of_nothing_but_killers_ends_with_their_reasons(places):
+    """Each ends three workers and no result comes between, but the prompts are the reason."""
+    engine = Elastic(places=places, killers=[1, 2, 3])
+    with Environment({}, engine=engine, backoff_s=0.001, max_restarts=3) as env:
+        scores = env.score(np.array([1, 2, 3]), np.array([[1]] * 3), batch_size=1)
+        assert sorted(scores.reasons) == [0, 1, 2]
+        assert env.stats["workers_closed"] == 0
+        assert len(engine.ended) == 3 * KILLS
 
 
 def test_killers_that_are_convicted_side_by_side_are_believed():

@@ -44,6 +44,15 @@ def test_a_query_that_raises_is_given_up_and_the_rest_is_scored(environment, wor
     assert env.stats["prompts_given_up"] == 16
 
 
+def test_more_queries_that_raise_than_in_vain_are_given_up_if_results_come_between(environment):
+    bad = np.arange(100, 118, 3)
+    assert len(bad) > judgement.IN_VAIN
+    env = environment({"faults": [{"fault": "raise", "query": int(query)} for query in bad]})
+    for _ in range(2):
+        scores = env.score(QUERIES[::8], POINTERS[::8], batch_size=1)
+        assert sorted(scores.reasons) == np.flatnonzero(np.isin(QUERIES[::8], bad)).tolist()
+
+
 def test_a_bug_ends_the_run_and_nothing_is_recorded(environment):
     env = environment({"faults": [{"fault": "raise"}]}, workers=2)
     landed = []
