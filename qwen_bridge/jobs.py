@@ -7,6 +7,9 @@ import numpy as np
 
 # Workers that a batch may end before it is convicted.
 KILLS = 3
+# Times that a prompt is tried for which the scorer raises an exception; memory may just have been
+# full.
+TRIES = 3
 
 
 @dataclass(eq=False)
@@ -50,7 +53,8 @@ class Job:
       rows: of the call's arrays.
       home: index of the seat in whose queue it waits.
       chances: workers that it may still end before it is convicted.
-      ended_in: indices of the seats where it, or what it was cut from, ended them, in order.
+      failed_in: indices of the seats where it, or what it was cut from, ended a worker or met an
+        exception, in order.
       tries: times that the scorer raised an exception.
       control: whether it is there to try the worker, and its result is known.
     """
@@ -60,11 +64,11 @@ class Job:
     rows: np.ndarray
     home: int
     chances: int = field(default_factory=lambda: KILLS)
-    ended_in: tuple[int, ...] = ()
+    failed_in: tuple[int, ...] = ()
     tries: int = 0
     control: bool = False
 
     @property
     def on_trial(self) -> bool:
-        """Whether it is convicted with the next worker that it ends."""
-        return self.chances <= 1
+        """Whether it is convicted with the next worker that it ends, or the next exception."""
+        return self.chances <= 1 or self.tries >= TRIES - 1

@@ -6,7 +6,8 @@ A batch in hand is decided by exactly one of:
 |--------------------------------------|---------------------------------------------------------|
 | a result                             | checked, copied out, delivered                          |
 | a failure: the user's input is wrong | `InputError` in the driver, the same line               |
-| any other failure of the scorer      | halved; a single prompt is tried again, then given up   |
+| any other failure of the scorer      | halved; a single prompt is tried again, then given up;  |
+|                                      | each time elsewhere: the machine may be at fault        |
 | a failure that says the GPU is lost  | the worker is replaced, and the batch is a suspect      |
 | nothing, or nonsense                 | the worker is replaced, and the batch is a suspect      |
 
@@ -15,8 +16,8 @@ is halved, and each half again at its next, down to the prompt that does it, whi
 and is then given up with its reason. The end that convicts is that of a worker which has given a
 result before, so a place where every worker ends convicts nothing, and counts its own ends until
 it is closed. Only before the first result of a call may any end convict; the conviction explains
-that end, which then does not count against its seat, if the batch ended workers in two seats, or
-if there is but one.
+that end, which then does not count against its seat, if the batch failed in two seats, or if there
+is but one.
 
 Where the prompts of more than `IN_VAIN` queries in a row are given up, with no result between
 them, no prompt is to blame, and the call fails: `ScorerError` if the scorer raised an exception,
@@ -29,15 +30,12 @@ tried.
 import logging
 
 from qwen_bridge.errors import InputError, ScorerError, WorkerError
-from qwen_bridge.jobs import Call, Job
+from qwen_bridge.jobs import TRIES, Call, Job
 from qwen_bridge.messages import Failure
 from qwen_bridge.protocol import failed_answer, failed_score
 from qwen_bridge.queues import Queues
 from qwen_bridge.supervision import Seat, Supervisor
 
-# Times that a prompt is tried for which the scorer raises an exception; memory may just have been
-# full.
-TRIES = 3
 # Queries whose prompts may be given up in a row.
 IN_VAIN = 4
 
@@ -66,6 +64,7 @@ class Judge:
             return
         why = f"{failure.type}: {failure.message}"
         job.tries += 1
+        self._queues.send_elsewhere(job, seat)
         if len(job.rows) > 1:
             _log.warning("%d prompts in one batch failed with %s; halving", len(job.rows), why)
             self._queues.put_halves(job, job.chances)
@@ -77,8 +76,7 @@ class Judge:
     def suspect(self, job: Job, seat: Seat, why: str) -> bool:
         """A worker ended while it was at this job; returns whether that explains it."""
         job.chances -= 1
-        job.ended_in += (seat.index,)
-        self._queues.move(job)
+        self._queues.send_elsewhere(job, seat)
         if job.chances:
             self._queues.put_first(job)
             return False
@@ -88,7 +86,7 @@ class Judge:
         else:
             last = f"worker died on this prompt again and again, last: it {why}"
             self._give_up(job, last, WorkerError, in_vain=not seat.proven)
-        return len(set(job.ended_in)) > 1 or len(self._supervisor.usable()) == 1
+        return len(set(job.failed_in)) > 1 or len(self._supervisor.usable()) == 1
 
     def _give_up(
         self, job: Job, why: str, kind: type[Exception], detail: str = "", *, in_vain: bool = True

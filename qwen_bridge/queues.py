@@ -1,9 +1,9 @@
 """Which batch goes to whom: a queue for each seat, and who may take what from it.
 
 A batch waits in the queue of its home, the seat that its affinity prefers. A seat whose queue is
-empty takes from the end of the longest other one. A batch that has ended a worker is under
-suspicion and goes to another seat, if there is one, and to no seat that it has been in before it
-has been in all of them: the machine may be at fault.
+empty takes from the end of the longest other one. A batch that has ended a worker, or over which
+its scorer raised an exception, is under suspicion and goes to another seat, if there is one, and
+to no seat that it has been in before it has been in all of them: the machine may be at fault.
 
 A batch on trial goes only to a worker that has shown that it can do something: what else it ends
 may be ended by anything. A worker that has yet to show it is first tried on a *control*, one
@@ -73,12 +73,13 @@ class Queues:
         middle = len(job.rows) // 2
         for rows in (job.rows[middle:], job.rows[:middle]):
             number = next(self._numbers)
-            half = Job(number, job.call, rows, job.home, chances=chances, ended_in=job.ended_in)
+            half = Job(number, job.call, rows, job.home, chances=chances, failed_in=job.failed_in)
             self.put_first(half)
 
-    def move(self, job: Job) -> None:
-        """A new home after the seat where it ended a worker; that one where there is no other."""
-        last = job.ended_in[-1]
+    def send_elsewhere(self, job: Job, seat: Seat) -> None:
+        """Notes that it failed in a seat; its new home is after that, or it where there is none."""
+        last = seat.index
+        job.failed_in += (last,)
         seats = self._supervisor.seats
         after = seats[last + 1 :] + seats[: last + 1]
         fit = (seat.index for seat in after if not seat.closed and self._is_elsewhere(seat, job))
@@ -100,9 +101,9 @@ class Queues:
         return (proven or not job.on_trial) and self._is_elsewhere(seat, job)
 
     def _is_elsewhere(self, seat: Seat, job: Job) -> bool:
-        """Not where it ended a worker, if it was not everywhere yet; never there twice running."""
-        if not job.ended_in:
+        """Not where it failed, if it was not everywhere yet; never there twice running."""
+        if not job.failed_in:
             return True
         usable = {other.index for other in self._supervisor.usable()}
-        elsewhere = usable.difference(job.ended_in) or usable.difference(job.ended_in[-1:])
+        elsewhere = usable.difference(job.failed_in) or usable.difference(job.failed_in[-1:])
         return seat.index in elsewhere or not elsewhere

@@ -12,7 +12,7 @@ from qwen_bridge.channel import PeerGone
 from qwen_bridge.client import Environment
 from qwen_bridge.errors import WorkerError
 from qwen_bridge.jobs import KILLS
-from qwen_bridge.messages import Failure, Hello, Result
+from qwen_bridge.messages import Failure, Hello, Result, encode
 from qwen_bridge.protocol import empty_score
 
 QUERIES = np.repeat(np.arange(40), 8)
@@ -24,13 +24,25 @@ class Elastic(VirtualEngine):
 
     Workers in `placeless` places never run; those in `unlike` ones have another hello, those in
     `broken` ones end at their first request, and all end at a request that holds one of `killers`.
-    `ended` has place and job of each end.
+    Those in `raising` places, and all at one of `bugs`, answer with an exception at once. `ended`
+    has place and job of each end.
     """
 
     elastic = True
 
-    def __init__(self, joins=(), placeless=(), unlike=(), broken=(), killers=(), places=1):
+    def __init__(
+        self,
+        joins=(),
+        placeless=(),
+        unlike=(),
+        broken=(),
+        killers=(),
+        raising=(),
+        bugs=(),
+        places=1,
+    ):
         super().__init__(places, 1.0, self.score)
+        self.raising, self.bugs = raising, np.array(bugs, int)
         self.joins, self.placeless, self.unlike, self.broken = joins, placeless, unlike, broken
         self.killers, self.served, self.ended = np.array(killers, int), {}, []
 
@@ -72,6 +84,12 @@ class ElasticWorker(SimulatedWorker):
             started = max(self._engine.now(), self._free_at)
             self.dies_at = min(self.dies_at, started + 0.01)
             self._engine.schedule(self, self.dies_at)
+            return
+        if self.index in self._engine.raising or np.isin(queries, self._engine.bugs).any():
+            self._free_at = max(self._engine.now(), self._free_at) + 0.1
+            failure = Failure(message.job, "ZeroDivisionError", "no such kernel", False, "")
+            self._replies.append((self._free_at, encode(failure)))
+            self._engine.schedule(self, self._free_at)
             return
         served = self._engine.served
         served[self.index] = served.get(self.index, 0) + message.rows
@@ -250,6 +268,21 @@ def test_broken_places_beside_prompts_that_kill(places, broken, size):
         fine = np.setdiff1d(queries, killers)
         np.testing.assert_allclose(scores.gt_prob[fine], fine / 100, rtol=1e-6)
         assert {seat.index for seat in env._scheduler.seats if seat.closed} == broken
+
+
+@pytest.mark.parametrize("size", [1, 8, 64])
+@pytest.mark.parametrize(("places", "raising"), [(2, {0}), (2, {1}), (3, {1}), (3, {0, 2})])
+def test_places_that_raise_on_everything_blame_no_prompt(places, raising, size):
+    """What fails there is tried elsewhere, and then they fail on what gave a result there."""
+    engine = Elastic(places=places, raising=raising, bugs=[7, 21, 33])
+    with Environment({}, engine=engine, backoff_s=0.001) as env:
+        for _ in range(2):
+            scores = env.score(QUERIES, POINTERS, batch_size=size)
+            wrong = np.isin(QUERIES, engine.bugs)
+            assert sorted(scores.reasons) == np.flatnonzero(wrong).tolist()
+            np.testing.assert_allclose(scores.gt_prob[~wrong], QUERIES[~wrong] / 100, atol=1e-6)
+        closed = {seat.index for seat in env._scheduler.seats if seat.closed}
+        assert closed <= set(raising)
 
 
 def test_a_whole_query_that_kills_closes_no_sound_place():
