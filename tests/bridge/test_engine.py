@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from experiments.simulated_workers import SimulatedWorker, VirtualEngine
+from qwen_bridge import jobs
 from qwen_bridge.channel import PeerGone
 from qwen_bridge.client import Environment
 from qwen_bridge.errors import WorkerError
@@ -174,6 +175,17 @@ def test_a_place_that_is_closed_during_the_start_is_not_waited_for():
         assert [seat.closed for seat in env._scheduler.seats] == [True, False]
         check(env, engine)
         assert sorted(engine.served) == [1]
+
+
+def test_pauses_before_restarts_double_up_to_five_seconds(monkeypatch):
+    monkeypatch.setattr(jobs, "KILLS", 100)  # No batch is convicted, which would begin anew.
+    engine, starts = Elastic(broken={0}), []
+    start = engine.start
+    monkeypatch.setattr(engine, "start", lambda *a: starts.append(engine.now()) or start(*a))
+    ends = pytest.raises(WorkerError, match="7 workers in a row ended without one result")
+    with Environment({}, engine=engine, backoff_s=1.0, max_restarts=6) as env, ends:
+        env.score([1], [[2]])
+    np.testing.assert_allclose(np.diff(starts), [1, 2, 4, 5, 5, 5], atol=0.3)
 
 
 def test_a_worker_that_had_nothing_to_do_has_its_whole_deadline():
