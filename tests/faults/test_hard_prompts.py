@@ -9,9 +9,9 @@ import sys
 import mining_job
 import numpy as np
 import pytest
+from conftest import SMALL
 from faults.injection import chosen
 from progress import no_bar
-from small_run import SMALL
 from worker_settings import SETTINGS
 
 from lever_jax.scoring import ScoringService
