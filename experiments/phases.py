@@ -18,6 +18,7 @@ import numpy as np
 
 from experiments import configs, imported, run_folder, settings
 from experiments.grpo import BEST, train_rounds
+from experiments.grpo_programs import GrpoPrograms
 from experiments.metrics import MetricsLog
 from experiments.output import whole_file
 from experiments.picks import PickLines
@@ -184,7 +185,22 @@ def train_rce(
     return _fit(session, "rce", "rce", start, groups, log, **training)
 
 
-def train_grpo(session: Session, start: Trained, log: MetricsLog) -> Trained | None:
+def compile_grpo(session: Session, selector: Trained) -> GrpoPrograms:
+    """Begins to compile what GRPO runs, in a thread, unless a GRPO is there to be restored.
+
+    Args:
+      session: the run.
+      selector: any of the architecture.
+    """
+    programs = GrpoPrograms(session)
+    if not checkpoint.exists(session.workdir / "checkpoints" / "grpo"):
+        programs.compile_ahead(selector.params, configs.training_shots())
+    return programs
+
+
+def train_grpo(
+    session: Session, start: Trained, log: MetricsLog, programs: GrpoPrograms
+) -> Trained | None:
     """GRPO from `start`, which is also the reference of the KL; resumes after the last round.
 
     Returns None, and leaves no checkpoint, where every group was flat: nothing was learnt then.
@@ -211,7 +227,9 @@ def train_grpo(session: Session, start: Trained, log: MetricsLog) -> Trained | N
     if settings.VERIFY.value == "top_m":
         note("--verify=top_m leaves draws out of their groups, which biases the gradient")
     metadata = _metadata(session, "grpo", recipe, start.recipe)
-    params = train_rounds(session, start.params, metadata, log, shots=configs.training_shots())
+    params = train_rounds(
+        session, programs, start.params, metadata, log, shots=configs.training_shots()
+    )
     if params is None:
         note("GRPO: every group of every round was flat, nothing was learnt; see the health check")
         return None

@@ -38,15 +38,20 @@ def main():
         selectors, current, health = make_data(session, log)
         gaps = {"mining": health["headroom"]} if health and health["headroom"] is not None else {}
 
+        ready = settings.FORCE_GRPO.value or (health and health["ready"])
+        programs = None
+        if settings.GRPO_EPOCHS.value and ready:
+            programs = phases.compile_grpo(session, current)  # While RCE trains.
+
         stage(f"RCE: reward-weighted cross-entropy, data: {settings.RCE_DATA.value}")
         current = selectors["rce"] = phases.train_rce(session, current, log)
         print_headroom(session, health, current, "RCE", gaps)
 
         if settings.GRPO_EPOCHS.value == 0:
             note("GRPO is left out: --grpo_epochs=0")
-        elif settings.FORCE_GRPO.value or (health and health["ready"]):
+        elif programs is not None:
             stage("GRPO: on-policy, through the same two stages")
-            trained = phases.train_grpo(session, current, log)
+            trained = phases.train_grpo(session, current, log, programs)
             if trained is not None:
                 selectors["grpo"] = trained
                 print_headroom(session, health, trained, "GRPO", gaps)
