@@ -91,7 +91,7 @@ def main() -> None:
             raise InputError(f"--options: {name}: {' '.join(str(error).split())}") from None
     started, found = time.monotonic(), {}
     with open_session(workdir) as session:
-        if "warmup" not in phases.finished_phases(session):
+        if "warmup" not in phases.finished_phases(session.workdir):
             raise InputError(f"--workdir={workdir} has no warm-up that mined data; train there")
         mined = phases.mining_stage(phases.restore_phase(session, "warmup"))
         for name, given in options.items():

@@ -267,13 +267,13 @@ def restore_phase(session: Session, name: str) -> Trained:
     return Trained(tree["params"], metadata["recipe"], metadata.get("before"))
 
 
-def finished_phases(session: Session) -> list[str]:
+def finished_phases(workdir: pathlib.Path) -> list[str]:
     """Names of the phases that have a checkpoint, in order, as far as each starts from the last.
 
     A checkpoint that was trained from an earlier version of the phase before it is left out, and
     the run says so: it belongs to no selector of this run.
     """
-    folder, finished, recipe = session.workdir / "checkpoints", [], None
+    folder, finished, recipe = workdir / "checkpoints", [], None
     for name in settings.PHASES:
         if not checkpoint.exists(folder / name) or configs.left_out(name):
             continue
@@ -289,9 +289,9 @@ def finished_phases(session: Session) -> list[str]:
     return finished
 
 
-def best_of_grpo(session: Session, finished: list[str]) -> bool:
+def best_of_grpo(workdir: pathlib.Path, finished: list[str]) -> bool:
     """Whether there is a best state of GRPO that started from the present phase before it."""
-    folder = session.workdir / "checkpoints"
+    folder = workdir / "checkpoints"
     if not checkpoint.exists(folder / BEST):
         return False
     before = [name for name in finished if name != "grpo"]

@@ -1,6 +1,5 @@
 """Which checkpoints belong together, and what decides a phase's parameters."""
 
-import types
 
 import numpy as np
 import pytest
@@ -27,7 +26,7 @@ def save(tmp_path):
         tree = {"params": np.zeros(2, np.float32)}
         metadata = {"recipe": recipe, "before": before}
         checkpoint.save(tmp_path / "checkpoints" / name, tree, metadata)
-        return types.SimpleNamespace(workdir=tmp_path)
+        return tmp_path
 
     return write
 
