@@ -162,7 +162,8 @@ def measure(session: Session, mined: str, name: str) -> dict[str, np.ndarray]:
     trained = phases.warm_up(own, phases.fresh(own), log)
     if policy.stops:
         phases.mine_data(own, trained)
-    trained = phases.train_rce(own, trained, log, None if policy.stops else mined)
+    # Where there was nothing to learn, the option is judged by its warm-up.
+    trained = phases.train_rce(own, trained, log, None if policy.stops else mined) or trained
     log.close()
     picks = own.eval_proposer.greedy(
         trained.params, np.arange(len(session.eval)), shots=configs.training_shots()

@@ -7,6 +7,7 @@ it; with another recipe the phase is trained again, on scores that are already i
 
 import csv
 import dataclasses
+import functools
 import hashlib
 import json
 import pathlib
@@ -34,6 +35,7 @@ from lever_jax.evaluation import answer_picks, evaluate
 from lever_jax.mining import mine, mined_candidates, mined_groups
 from lever_jax.parallel import device_count, replicated
 from lever_jax.proposing import phase_key
+from lever_jax.rewards import is_flat
 from lever_jax.search import search_pools, search_targets
 from lever_jax.training import (
     LOSS_FIELDS,
@@ -169,10 +171,11 @@ def training_picks(session: Session, selector: Trained, name: str) -> np.ndarray
 
 def train_rce(
     session: Session, start: Trained, log: MetricsLog, stage: str | None = None
-) -> Trained:
+) -> Trained | None:
     """Reward-weighted cross-entropy on what `start` mined, on imported groups, or on both.
 
-    A `stage` names mined data of another selector, to be learnt from instead of `start`'s.
+    A `stage` names mined data of another selector, to be learnt from instead of `start`'s. Returns
+    None, and leaves no checkpoint, where every group is flat: there is nothing to learn then.
     """
     training = {"epochs": settings.RCE_EPOCHS.value, "rate": settings.RCE_RATE.value}
     source, reward, groups = settings.RCE_DATA.value, configs.reward_config(), None
@@ -182,6 +185,10 @@ def train_rce(
     if source != "mined":
         data = imported.rce_groups(session, configs.training_shots(), beside=groups)
         groups, training = data.groups, training | {"table": data.table, "origin": data.origin}
+    flat = functools.partial(is_flat, min_range=configs.loss_config().min_range)
+    if len(groups.query_rows) and all(map(flat, groups.rewards, groups.mask)):
+        note("RCE: the rewards of every group are equal, there is nothing to learn from")
+        return None
     return _fit(session, "rce", "rce", start, groups, log, **training)
 
 

@@ -44,8 +44,10 @@ def main():
             programs = phases.compile_grpo(session, current)  # While RCE trains.
 
         stage(f"RCE: reward-weighted cross-entropy, data: {settings.RCE_DATA.value}")
-        current = selectors["rce"] = phases.train_rce(session, current, log)
-        print_headroom(session, health, current, "RCE", gaps)
+        trained = phases.train_rce(session, current, log)
+        if trained is not None:
+            current = selectors["rce"] = trained
+            print_headroom(session, health, current, "RCE", gaps)
 
         if settings.GRPO_EPOCHS.value == 0:
             note("GRPO is left out: --grpo_epochs=0")
