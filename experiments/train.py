@@ -12,6 +12,7 @@ Phases, in order; each is skipped where an earlier run in the same workdir finis
   7. evaluate every method on held-out queries: eval.json and the table; then report.html
 """
 
+import contextlib
 import time
 
 import numpy as np
@@ -32,9 +33,8 @@ def main():
     workdir = run_folder.make_workdir()
     imported.check_flags(workdir)
     stage(f"open: {workdir}")
-    with open_session(workdir) as session:
+    with open_session(workdir) as session, contextlib.closing(MetricsLog(workdir)) as log:
         run_folder.save_flags(workdir)
-        log = MetricsLog(workdir)
         selectors, current, health = make_data(session, log)
         gaps = {"mining": health["headroom"]} if health and health["headroom"] is not None else {}
 
@@ -65,7 +65,6 @@ def main():
         result = phases.evaluate_phases(session, selectors)
         phases.write_json(workdir / "eval.json", result)
         print_evaluation(result)
-        log.close()
         print_costs(session, time.monotonic() - started)
     report_run(workdir, session.dataset)
 
