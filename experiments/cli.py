@@ -37,7 +37,9 @@ def run(main, *, takes_arguments: bool = False) -> None:
             sys.exit(FAILED)
         except KeyboardInterrupt:
             _say("stopped; what was finished is kept, and the same command goes on from there")
-            sys.exit(INTERRUPTED)
+            # All is closed; but XLA may be compiling in a thread, and an exit would wait for it.
+            logging.shutdown()
+            os._exit(INTERRUPTED)
 
     app.run(guarded, flags_parser=_parse)
 

@@ -14,6 +14,7 @@ stopped comparison goes on.
 """
 
 import collections
+import contextlib
 import dataclasses
 import os
 import pathlib
@@ -91,7 +92,7 @@ def main() -> None:
             raise InputError(f"--options: {name}: {' '.join(str(error).split())}") from None
     started, found = time.monotonic(), {}
     with open_session(workdir) as session:
-        if "warmup" not in phases.finished_phases(session):
+        if "warmup" not in phases.finished_phases(session.workdir):
             raise InputError(f"--workdir={workdir} has no warm-up that mined data; train there")
         mined = phases.mining_stage(phases.restore_phase(session, "warmup"))
         for name, given in options.items():
@@ -158,12 +159,12 @@ def measure(session: Session, mined: str, name: str) -> dict[str, np.ndarray]:
     hello = session.environment.hello
     init, policy = make_selector(configs.selector_config(), hello["parts"], hello["embedding_dim"])
     own = dataclasses.replace(session, workdir=folder, init=init, policy=policy)
-    log = MetricsLog(folder)
-    trained = phases.warm_up(own, phases.fresh(own), log)
-    if policy.stops:
-        phases.mine_data(own, trained)
-    trained = phases.train_rce(own, trained, log, None if policy.stops else mined)
-    log.close()
+    with contextlib.closing(MetricsLog(folder)) as log:
+        trained = phases.warm_up(own, phases.fresh(own), log)
+        if policy.stops:
+            phases.mine_data(own, trained)
+        # Where there was nothing to learn, the option is judged by its warm-up.
+        trained = phases.train_rce(own, trained, log, None if policy.stops else mined) or trained
     picks = own.eval_proposer.greedy(
         trained.params, np.arange(len(session.eval)), shots=configs.training_shots()
     )

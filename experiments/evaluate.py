@@ -1,7 +1,7 @@
 """Restores the selectors of a run in a new process and evaluates them; compares two runs.
 
     python -m experiments.evaluate --workdir=runs/digits [--phase=rce|grpo] [--shots=1,2,4]
-        [--decodings=greedy,beam,rerank,oracle_rerank,shuffled]
+        [--decodings=greedy,beam,rerank,oracle_rerank,shuffled] [--plan]
     python -m experiments.evaluate --workdir=runs/a --compare=runs/b [--out=FILE]
 
 The flags of the run are adopted from the workdir; those given here win. Prompts that the run has
@@ -15,7 +15,7 @@ import pathlib
 
 from absl import flags
 
-from experiments import cli, configs, phases, run_folder, settings
+from experiments import cli, configs, phases, plan, run_folder, settings
 from experiments.compare import compare_runs, picks_of
 from experiments.grpo import BEST
 from experiments.output import check_out, write_out
@@ -48,6 +48,8 @@ def main():
     workdir = pathlib.Path(settings.WORKDIR.value)
     check_out(OUT.value)
     if COMPARE.value:
+        if settings.PLAN.value:
+            raise InputError("--plan: --compare needs no VLM, there is nothing to plan")
         if (workdir / "flags.txt").exists():
             run_folder.adopt_flags(workdir)
         ours = picks_of(PICKS.value, "picks") if PICKS.value else picks_of(workdir, "workdir")
@@ -57,18 +59,11 @@ def main():
     check_out(PICKS.value, "picks")
     run_folder.adopt_flags(workdir)
     configs.check()
+    wanted = wanted_phases(workdir)
+    if settings.PLAN.value:
+        return plan.show("evaluate", selectors=len(wanted))
     stage(f"open: {workdir}")
     with open_session(workdir) as session:
-        finished = phases.finished_phases(session)
-        wanted = [PHASE.value] if PHASE.value else finished
-        for name in wanted:
-            if name not in finished and not (
-                name == BEST and phases.best_of_grpo(session, finished)
-            ):
-                raise InputError(
-                    f"--phase={name}: {workdir} has no such checkpoint; it has "
-                    f"{', '.join(finished) or 'none'}"
-                )
         selectors = {name: phases.restore_phase(session, name) for name in wanted}
         note(f"restored {', '.join(wanted) or 'nothing'}")
         stage("evaluate: every method on held-out queries")
@@ -81,6 +76,24 @@ def main():
         write_out(out, result)
         print_evaluation(result)
         note(f"written to {out} and {picks}")
+
+
+def wanted_phases(workdir: pathlib.Path) -> list[str]:
+    """Names of the checkpoints to evaluate.
+
+    Raises:
+      InputError: --phase names one that is not there.
+    """
+    finished = phases.finished_phases(workdir)
+    name = PHASE.value
+    if not name:
+        return finished
+    if name not in finished and not (name == BEST and phases.best_of_grpo(workdir, finished)):
+        raise InputError(
+            f"--phase={name}: {workdir} has no such checkpoint; it has "
+            f"{', '.join(finished) or 'none'}"
+        )
+    return [name]
 
 
 if __name__ == "__main__":

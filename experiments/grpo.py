@@ -21,26 +21,19 @@ import jax
 import numpy as np
 
 from experiments import configs, settings
+from experiments.grpo_programs import GrpoPrograms, draw_round
 from experiments.idle import IdleShares
 from experiments.metrics import MetricsLog
 from experiments.progress import note
 from experiments.session import Session
 from experiments.watch import Watch, known_picks
 from lever_jax import checkpoint
-from lever_jax.batches import Batches
 from lever_jax.compilations import count_compilations
-from lever_jax.on_policy import Drawn, draw, judge
-from lever_jax.parallel import device_count, replicated
+from lever_jax.on_policy import Drawn, judge
+from lever_jax.parallel import replicated
 from lever_jax.policy import Params
 from lever_jax.proposing import phase_key
-from lever_jax.training import (
-    GroupBatch,
-    copied,
-    init_state,
-    make_log_probs,
-    make_optimizer,
-    make_step,
-)
+from lever_jax.training import GroupBatch, copied, init_state
 
 PARTIAL = "grpo_rounds"
 BEST = "grpo_best"
@@ -62,12 +55,19 @@ class _Judged(NamedTuple):
 
 
 def train_rounds(
-    session: Session, reference: Params, metadata: dict[str, Any], log: MetricsLog, *, shots: int
+    session: Session,
+    programs: GrpoPrograms,
+    reference: Params,
+    metadata: dict[str, Any],
+    log: MetricsLog,
+    *,
+    shots: int,
 ) -> Params | None:
     """Trains over all rounds, or over those that an earlier run of the recipe left.
 
     Args:
       session: the run.
+      programs: what runs on the device; compiled here if they are not yet.
       reference: parameters to start from, and that the KL is measured to.
       metadata: of the phase's checkpoints; its recipe tells whether an earlier run is gone on with.
       log: takes the metrics of every step.
@@ -76,8 +76,9 @@ def train_rounds(
     Returns:
       The parameters to evaluate; None where every group of every round was flat.
     """
+    programs.compile_ahead(reference, shots)
     with count_compilations() as compiled:
-        rounds = _Rounds(session, reference, metadata, log, shots, compiled)
+        rounds = _Rounds(session, programs, reference, metadata, log, shots, compiled)
         if settings.OVERLAP.value:
             _overlapped(rounds)
         else:
@@ -95,8 +96,8 @@ def _in_turn(rounds: "_Rounds") -> None:
 def _overlapped(rounds: "_Rounds") -> None:
     """Judges a round while another thread trains on the one before and draws the one after.
 
-    The policy that the run starts from draws two rounds, so the VLM has both to judge while the
-    step is compiled.
+    The policy that the run starts from draws two rounds, so the VLM has both to judge if the step
+    is still being compiled.
     """
     if rounds.first == len(rounds):
         return
@@ -107,7 +108,6 @@ def _overlapped(rounds: "_Rounds") -> None:
 
     thread = concurrent.futures.ThreadPoolExecutor(1, "training")
     try:
-        thread.submit(rounds.compile_step)  # What goes wrong there goes wrong in `train`, too.
         drawn = [rounds.draw_due(rounds.first), rounds.draw_ahead(rounds.first + 1)]
         work = None
         for number in range(rounds.first, len(rounds)):
@@ -134,36 +134,23 @@ class _Rounds:
     def __init__(
         self,
         session: Session,
+        programs: GrpoPrograms,
         reference: Params,
         metadata: dict[str, Any],
         log: MetricsLog,
         shots: int,
         compiled: Callable[[], int],
     ):
-        self._session, self._metadata, self._log, self._shots = session, metadata, log, shots
+        self._session, self._programs, self._shots = session, programs, shots
+        self._metadata, self._log = metadata, log
         self._recipe = metadata["recipe"]
-        count, size = len(session.train), settings.GRPO_QUERIES.value
-        self._rounds = [
-            (epoch, start)
-            for epoch in range(settings.GRPO_EPOCHS.value)
-            for start in range(0, count, size)
-        ]
-        self._batch_size = min(settings.BATCH_QUERIES.value, size, count)
-        steps = sum(
-            settings.GRPO_UPDATES.value * -(-min(size, count - start) // self._batch_size)
-            for _, start in self._rounds
-        )
-        mesh, ema, config = session.mesh, settings.EMA.value, configs.loss_config()
-        optimizer = make_optimizer(settings.GRPO_RATE.value, steps=steps)
-        self._step = make_step("grpo", session.policy, optimizer, config, ema=ema, mesh=mesh)
-        self._log_probs = make_log_probs(session.policy, mesh)
-        self._table, self._reference, self.state = replicated(
-            mesh,
-            (session.train.table, reference, init_state(reference, optimizer, averaged=ema > 0)),
+        averaged, optimizer = settings.EMA.value > 0, programs.optimizer
+        self._reference, self.state = replicated(
+            session.mesh, (reference, init_state(reference, optimizer, averaged=averaged))
         )
         # The parameters that draw, or drew, the round that is trained on next.
         self._behaviour = copied(self.state.params)
-        self._first_rewards = np.full(count, np.nan, np.float32)
+        self._first_rewards = np.full(len(session.train), np.nan, np.float32)
         self.first, self.learnt = 0, False
         self._partial = session.workdir / "checkpoints" / PARTIAL
         self._best = session.workdir / "checkpoints" / BEST
@@ -174,7 +161,7 @@ class _Rounds:
         self._shares = IdleShares(session.environment)
 
     def __len__(self) -> int:
-        return len(self._rounds)
+        return len(self._programs.rounds)
 
     def draw_due(self, number: int) -> _Drawn:
         """Draws round `number`, the next to be trained on."""
@@ -210,6 +197,7 @@ class _Rounds:
         """The updates on a round, and the partial checkpoint after it."""
         number, groups, _ = judged
         with self._shares.jax_busy():
+            self._programs.wait_for_step()
             self._keep_best(groups)
             before, rows = copied(self.state.params), []
             if len(groups.query_rows):
@@ -245,27 +233,6 @@ class _Rounds:
         tree = {"params": self._behaviour}
         checkpoint.save_if_best(self._best, tree, self._metadata, figure="reward_gain", value=gain)
 
-    def compile_step(self) -> None:
-        """Compiles what `train` needs, on groups that are thrown away."""
-        size, group = self._batch_size, settings.GROUP_SIZE.value
-        shape = (size, group)
-        zeros, inclusion = np.zeros(shape, np.float32), None
-        if settings.DRAWS.value != "iid":
-            inclusion = zeros
-        groups = GroupBatch(
-            np.zeros(size, np.int32),
-            np.zeros((*shape, self._shots), np.int32),
-            zeros,
-            zeros,
-            np.ones(shape, bool),
-            inclusion,
-        )
-        with self._shares.jax_busy():
-            (batch,) = self._batches(groups).epoch((0,))
-            self._log_probs(self._behaviour, self._table, batch[0])
-            state = jax.tree.map(jax.numpy.array, self.state)
-            jax.block_until_ready(self._step(state, self._reference, self._table, batch))
-
     def summarise(self) -> None:
         """Prints how long each side waited for the other, and what was compiled again."""
         if self._warm is not None:
@@ -277,33 +244,26 @@ class _Rounds:
             )
 
     def _draw(self, number: int, params: Params) -> _Drawn:
-        epoch, start = self._rounds[number]
+        epoch, start = self._programs.rounds[number]
         order = np.random.default_rng([settings.SEED.value, epoch])
         order = order.permutation(len(self._session.train))
         rows = np.sort(order[start : start + settings.GRPO_QUERIES.value])
-        proposer, shots = self._session.train_proposer, self._shots
+        key = jax.random.fold_in(self._key, number)
         with self._shares.jax_busy():
-            groups = draw(
-                proposer,
-                params,
-                jax.random.fold_in(self._key, number),
-                rows,
-                shots=shots,
-                group_size=settings.GROUP_SIZE.value,
-                draws=settings.DRAWS.value,
-            )
-            return _Drawn(groups, proposer.greedy(params, rows, shots=shots))
+            self._programs.wait_for_draws()
+            return _Drawn(*draw_round(self._session, params, key, rows, self._shots))
 
     def _updates(self, judged: _Judged) -> list[dict[str, float]]:
         """Passes over the groups of a round; returns the metrics of each step."""
         number, groups, common = judged
-        batches = self._batches(groups)
+        programs = self._programs
+        batches = programs.batches(groups)
         metrics, at = [], int(self.state.step)
         for update in range(settings.GRPO_UPDATES.value):
             for batch in batches.epoch((settings.SEED.value, number, update)):
                 if not metrics:
                     common = {**common, "behaviour_error": self._behaviour_error(batch[0])}
-                self.state, one = self._step(self.state, self._reference, self._table, batch)
+                self.state, one = programs.step(self.state, self._reference, programs.table, batch)
                 metrics.append(one)
         common["compilations"] = 0 if self._warm is None else self._compiled() - self._warm
         return [
@@ -311,21 +271,12 @@ class _Rounds:
             for step, own in enumerate(jax.device_get(metrics), start=at + 1)
         ]
 
-    def _batches(self, groups: GroupBatch) -> Batches:
-        return Batches(
-            groups,
-            self._batch_size,
-            pieces=settings.ACCUMULATE.value,
-            devices=device_count(self._session.mesh),
-            one_size=True,  # Whatever a round leaves out, all share one program.
-        )
-
     def _behaviour_error(self, batch: GroupBatch) -> float:
         """How far the losses' log-probabilities are from those that the pointers were drawn with.
 
         Under the parameters that drew them: the policy that samples is the one that is trained.
         """
-        computed = self._log_probs(self._behaviour, self._table, batch)
+        computed = self._programs.log_probs(self._behaviour, self._programs.table, batch)
         return float(
             np.max(np.abs(computed - batch.behaviour_log_probs), where=batch.mask, initial=0)
         )

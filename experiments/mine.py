@@ -5,6 +5,7 @@
 Does phases 1 to 4 of `experiments.train`; a later `train` in the same workdir goes on from there.
 """
 
+import contextlib
 import time
 
 from experiments import cli, configs, imported, plan, run_folder, settings
@@ -22,11 +23,9 @@ def main():
     workdir = run_folder.make_workdir()
     imported.check_flags(workdir)
     stage(f"open: {workdir}")
-    with open_session(workdir) as session:
+    with open_session(workdir) as session, contextlib.closing(MetricsLog(workdir)) as log:
         run_folder.save_flags(workdir)
-        log = MetricsLog(workdir)
         make_data(session, log)
-        log.close()
         print_costs(session, time.monotonic() - started)
 
 

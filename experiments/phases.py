@@ -7,6 +7,7 @@ it; with another recipe the phase is trained again, on scores that are already i
 
 import csv
 import dataclasses
+import functools
 import hashlib
 import json
 import pathlib
@@ -18,6 +19,7 @@ import numpy as np
 
 from experiments import configs, imported, run_folder, settings
 from experiments.grpo import BEST, train_rounds
+from experiments.grpo_programs import GrpoPrograms
 from experiments.metrics import MetricsLog
 from experiments.output import whole_file
 from experiments.picks import PickLines
@@ -33,6 +35,7 @@ from lever_jax.evaluation import answer_picks, evaluate
 from lever_jax.mining import mine, mined_candidates, mined_groups
 from lever_jax.parallel import device_count, replicated
 from lever_jax.proposing import phase_key
+from lever_jax.rewards import is_flat
 from lever_jax.search import search_pools, search_targets
 from lever_jax.training import (
     LOSS_FIELDS,
@@ -168,10 +171,11 @@ def training_picks(session: Session, selector: Trained, name: str) -> np.ndarray
 
 def train_rce(
     session: Session, start: Trained, log: MetricsLog, stage: str | None = None
-) -> Trained:
+) -> Trained | None:
     """Reward-weighted cross-entropy on what `start` mined, on imported groups, or on both.
 
-    A `stage` names mined data of another selector, to be learnt from instead of `start`'s.
+    A `stage` names mined data of another selector, to be learnt from instead of `start`'s. Returns
+    None, and leaves no checkpoint, where every group is flat: there is nothing to learn then.
     """
     training = {"epochs": settings.RCE_EPOCHS.value, "rate": settings.RCE_RATE.value}
     source, reward, groups = settings.RCE_DATA.value, configs.reward_config(), None
@@ -181,10 +185,29 @@ def train_rce(
     if source != "mined":
         data = imported.rce_groups(session, configs.training_shots(), beside=groups)
         groups, training = data.groups, training | {"table": data.table, "origin": data.origin}
+    flat = functools.partial(is_flat, min_range=configs.loss_config().min_range)
+    if len(groups.query_rows) and all(map(flat, groups.rewards, groups.mask)):
+        note("RCE: the rewards of every group are equal, there is nothing to learn from")
+        return None
     return _fit(session, "rce", "rce", start, groups, log, **training)
 
 
-def train_grpo(session: Session, start: Trained, log: MetricsLog) -> Trained | None:
+def compile_grpo(session: Session, selector: Trained) -> GrpoPrograms:
+    """Begins to compile what GRPO runs, in a thread, unless a GRPO is there to be restored.
+
+    Args:
+      session: the run.
+      selector: any of the architecture.
+    """
+    programs = GrpoPrograms(session)
+    if not checkpoint.exists(session.workdir / "checkpoints" / "grpo"):
+        programs.compile_ahead(selector.params, configs.training_shots())
+    return programs
+
+
+def train_grpo(
+    session: Session, start: Trained, log: MetricsLog, programs: GrpoPrograms
+) -> Trained | None:
     """GRPO from `start`, which is also the reference of the KL; resumes after the last round.
 
     Returns None, and leaves no checkpoint, where every group was flat: nothing was learnt then.
@@ -211,7 +234,9 @@ def train_grpo(session: Session, start: Trained, log: MetricsLog) -> Trained | N
     if settings.VERIFY.value == "top_m":
         note("--verify=top_m leaves draws out of their groups, which biases the gradient")
     metadata = _metadata(session, "grpo", recipe, start.recipe)
-    params = train_rounds(session, start.params, metadata, log, shots=configs.training_shots())
+    params = train_rounds(
+        session, programs, start.params, metadata, log, shots=configs.training_shots()
+    )
     if params is None:
         note("GRPO: every group of every round was flat, nothing was learnt; see the health check")
         return None
@@ -249,13 +274,13 @@ def restore_phase(session: Session, name: str) -> Trained:
     return Trained(tree["params"], metadata["recipe"], metadata.get("before"))
 
 
-def finished_phases(session: Session) -> list[str]:
+def finished_phases(workdir: pathlib.Path) -> list[str]:
     """Names of the phases that have a checkpoint, in order, as far as each starts from the last.
 
     A checkpoint that was trained from an earlier version of the phase before it is left out, and
     the run says so: it belongs to no selector of this run.
     """
-    folder, finished, recipe = session.workdir / "checkpoints", [], None
+    folder, finished, recipe = workdir / "checkpoints", [], None
     for name in settings.PHASES:
         if not checkpoint.exists(folder / name) or configs.left_out(name):
             continue
@@ -271,9 +296,9 @@ def finished_phases(session: Session) -> list[str]:
     return finished
 
 
-def best_of_grpo(session: Session, finished: list[str]) -> bool:
+def best_of_grpo(workdir: pathlib.Path, finished: list[str]) -> bool:
     """Whether there is a best state of GRPO that started from the present phase before it."""
-    folder = session.workdir / "checkpoints"
+    folder = workdir / "checkpoints"
     if not checkpoint.exists(folder / BEST):
         return False
     before = [name for name in finished if name != "grpo"]

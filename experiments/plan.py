@@ -1,4 +1,4 @@
-"""What a run will cost, before it starts: `--plan` on train and mine.
+"""What a run will cost, before it starts: `--plan` on train, mine and evaluate.
 
     python -m experiments.train --flagfile=FLAGS --plan [--plan_device=h200] [--plan_out=plan.json]
 
@@ -17,7 +17,14 @@ from experiments import configs, settings
 from experiments.output import check_out, write_out
 from experiments.plan_tables import print_plan
 from experiments.planned_data import planned_data
-from experiments.workload import Phase, RunConfig, Work, mining_phases, training_phases
+from experiments.workload import (
+    Phase,
+    RunConfig,
+    Work,
+    evaluation_phases,
+    mining_phases,
+    training_phases,
+)
 from lever_jax.errors import InputError
 from qwen_bridge import cost
 from qwen_bridge.devices import DEVICES, Device
@@ -32,26 +39,30 @@ BANDWIDTH_SHARE = 0.6  # of a GPU's memory bandwidth, while it decodes
 STORE_BYTES = 300  # a prompt of two shots in the store: its score, answer and proposal
 
 
-def show(phases: str = "train") -> None:
+def show(phases: str = "train", **options: Any) -> None:
     """Prints the plan of this run, and writes it where --plan_out says.
 
     Args:
-      phases: `mine` stops before RCE, as `experiments.mine` does.
+      phases: `mine` stops before RCE, as `experiments.mine` does; `evaluate` plans the evaluation
+        alone, of a run whose embeddings are there.
+      **options: of `make_plan`.
 
     Raises:
       InputError: the flags, the model's config or the data's files do not allow a plan.
     """
     check_out(settings.PLAN_OUT.value)
-    document = make_plan(phases)
+    document = make_plan(phases, **options)
     print_plan(document)
     write_out(settings.PLAN_OUT.value, document)
 
 
-def make_plan(phases: str = "train", *, look: bool = True) -> dict[str, Any]:
+def make_plan(
+    phases: str = "train", *, selectors: int | None = None, look: bool = True
+) -> dict[str, Any]:
     """The plan as a document: model, phases, totals, memory, sizes and assumptions.
 
     Pairs are [at least, at most]. See `show` for `phases` and the errors, `planned_data` for
-    `look`.
+    `look`; `selectors` is how many `evaluate` has.
     """
     data = planned_data(look=look)
     model = settings.MODEL.value
@@ -61,11 +72,12 @@ def make_plan(phases: str = "train", *, look: bool = True) -> dict[str, Any]:
     lengths = _lengths(tokens)
     run = run_config()
     pricer = _Pricer(shape, lengths, grids)
-    work = mining_phases(run)
-    if phases == "train":
-        work += training_phases(run)
     queries = run.train + run.evaluated
-    rows = [pricer.embedding(data.bank, data.bank_images, queries)]
+    if phases == "evaluate":
+        rows, work = [], evaluation_phases(run, selectors)
+    else:
+        rows = [pricer.embedding(data.bank, data.bank_images, queries)]
+        work = mining_phases(run) + (training_phases(run) if phases == "train" else [])
     rows += [pricer.phase(phase, data.bank_images) for phase in work]
     scored = [sum(row["scored"][i] for row in rows) for i in (0, 1)]
     device = DEVICES[settings.PLAN_DEVICE.value]

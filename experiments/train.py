@@ -12,6 +12,7 @@ Phases, in order; each is skipped where an earlier run in the same workdir finis
   7. evaluate every method on held-out queries: eval.json and the table; then report.html
 """
 
+import contextlib
 import time
 
 import numpy as np
@@ -32,21 +33,27 @@ def main():
     workdir = run_folder.make_workdir()
     imported.check_flags(workdir)
     stage(f"open: {workdir}")
-    with open_session(workdir) as session:
+    with open_session(workdir) as session, contextlib.closing(MetricsLog(workdir)) as log:
         run_folder.save_flags(workdir)
-        log = MetricsLog(workdir)
         selectors, current, health = make_data(session, log)
         gaps = {"mining": health["headroom"]} if health and health["headroom"] is not None else {}
 
+        ready = settings.FORCE_GRPO.value or (health and health["ready"])
+        programs = None
+        if settings.GRPO_EPOCHS.value and ready:
+            programs = phases.compile_grpo(session, current)  # While RCE trains.
+
         stage(f"RCE: reward-weighted cross-entropy, data: {settings.RCE_DATA.value}")
-        current = selectors["rce"] = phases.train_rce(session, current, log)
-        print_headroom(session, health, current, "RCE", gaps)
+        trained = phases.train_rce(session, current, log)
+        if trained is not None:
+            current = selectors["rce"] = trained
+            print_headroom(session, health, current, "RCE", gaps)
 
         if settings.GRPO_EPOCHS.value == 0:
             note("GRPO is left out: --grpo_epochs=0")
-        elif settings.FORCE_GRPO.value or (health and health["ready"]):
+        elif programs is not None:
             stage("GRPO: on-policy, through the same two stages")
-            trained = phases.train_grpo(session, current, log)
+            trained = phases.train_grpo(session, current, log, programs)
             if trained is not None:
                 selectors["grpo"] = trained
                 print_headroom(session, health, trained, "GRPO", gaps)
@@ -58,7 +65,6 @@ def main():
         result = phases.evaluate_phases(session, selectors)
         phases.write_json(workdir / "eval.json", result)
         print_evaluation(result)
-        log.close()
         print_costs(session, time.monotonic() - started)
     report_run(workdir, session.dataset)
 

@@ -51,7 +51,7 @@ def known_picks(session: Session, pointers: np.ndarray, rows: np.ndarray) -> dic
     if not len(rows):
         return {}
     ids = session.train.demo_ids(rows, pointers)
-    stored = session.store.get_scores(session.train.query_ids[rows], ids)
+    stored = session.service.known(session.train.query_ids[rows], ids)
     scores = columns([record for record in stored if record is not None])
     rewards = configs.reward_config().of(scores)
     known = np.isfinite(rewards)

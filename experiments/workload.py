@@ -153,6 +153,16 @@ def training_phases(run: RunConfig) -> list[Phase]:
     return [*phases, *_evaluation(run, selectors)]
 
 
+def evaluation_phases(run: RunConfig, selectors: int) -> list[Phase]:
+    """What `experiments.evaluate` does with so many selectors; the store may hold all of it."""
+    return [
+        dataclasses.replace(
+            phase, work=tuple(dataclasses.replace(work, least=0) for work in phase.work)
+        )
+        for phase in _evaluation(run, selectors)
+    ]
+
+
 def search_levels(
     pool: int, shots: int, beam: int, construction: str = "both"
 ) -> list[tuple[int, int]]:

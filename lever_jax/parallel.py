@@ -1,7 +1,7 @@
 """Spreads batches of query groups over the local devices: each computes its share of the queries.
 
 Parameters and embeddings lie whole on every device, and the gradient is summed over devices by
-XLA. With one device there is no mesh (`None`), and everything here does nothing.
+XLA. With one device there is no mesh (`None`).
 """
 
 from typing import Any
@@ -34,8 +34,13 @@ def device_count(mesh: Mesh | None) -> int:
 
 
 def replicated(mesh: Mesh | None, tree: Any) -> Any:
-    """The arrays of a tree, whole on every device."""
-    return tree if mesh is None else jax.device_put(tree, NamedSharding(mesh, PartitionSpec()))
+    """The arrays of a tree, whole on every device.
+
+    With one device they are committed to it all the same, as those of a checkpoint may be: a
+    function is compiled anew for arrays that are not.
+    """
+    place = jax.local_devices()[0] if mesh is None else NamedSharding(mesh, PartitionSpec())
+    return jax.device_put(tree, place)
 
 
 def shardings(mesh: Mesh | None, arguments: str, results: str) -> dict[str, Any]:

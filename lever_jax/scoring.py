@@ -9,12 +9,13 @@ the batches in flight.
 import contextlib
 import dataclasses
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, Protocol
 
 import numpy as np
 
+from lever_jax.final_records import FinalRecords
 from lever_jax.ledger import RETRY, Ledger
 from lever_jax.store import ScoreRecord, Store
 
@@ -75,6 +76,7 @@ class ScoringService:
         self.store, self._environment, self.progress = store, environment, progress
         self.counts = ScoringCounts()
         self._ledger = Ledger(store, blameless)
+        self._final = FinalRecords()
 
     def score(
         self,
@@ -96,34 +98,27 @@ class ScoringService:
         Returns:
           n records in the caller's order; equal prompts share a record.
         """
-        query_ids, pointers = np.asarray(query_ids), np.asarray(pointers)
-        self.counts.asked += len(query_ids)
-        records = self.store.get_scores(query_ids, pointers)
-        fresh = _Distinct(query_ids, pointers, (i for i, one in enumerate(records) if one is None))
-        if advance is not None:
-            advance(len(query_ids) - len(fresh))
-        if len(fresh):
-            shown = contextlib.nullcontext(advance) if advance else self.progress(label, len(fresh))
-            with shown as advance_fresh:
-                fresh.fill(records, self._work("score", *fresh.prompts, advance_fresh))
-        return records
+        asked = _Distinct(query_ids, pointers)
+        return asked.spread(self._score(asked, label, advance))
 
     def verify(self, query_ids, pointers, *, label: str) -> list[ScoreRecord]:
         """Stage B: the VLM's own answers to prompts; arguments and result as for `score`.
 
         Prompts whose answer stage A has certified are not generated again.
         """
-        records = self.score(query_ids, pointers, label=label)
-        open_ = (
-            row
-            for row, record in enumerate(records)
-            if not record.answered and record.eval_failed is None
-        )
-        fresh = _Distinct(np.asarray(query_ids), np.asarray(pointers), open_)
-        if len(fresh):
-            with self.progress(f"{label}: generate", len(fresh)) as advance:
-                fresh.fill(records, self._work("answer", *fresh.prompts, advance))
-        return records
+        asked = _Distinct(query_ids, pointers)
+        records = self._score(asked, label, None)
+        open_ = [not one.answered and one.eval_failed is None for one in records]
+        open_ = np.flatnonzero(open_)
+        if len(open_):
+            with self.progress(f"{label}: generate", len(open_)) as advance:
+                self._fill(records, "answer", asked, open_, advance)
+        return asked.spread(records)
+
+    def known(self, query_ids, pointers) -> list[ScoreRecord | None]:
+        """What is known of prompts [n], None where nothing is; nothing is computed."""
+        asked = _Distinct(query_ids, pointers)
+        return asked.spread(self._look_up(asked))
 
     def retry_failed(self, query_ids, demo_ids, *, label: str) -> tuple[int, int]:
         """Asks again for every score and answer that failed; what comes back takes its place.
@@ -149,6 +144,35 @@ class ScoringService:
                 failed += sum(record.eval_failed is not None for record in records)
         return asked, failed
 
+    def _score(self, asked: "_Distinct", label: str, advance) -> list[ScoreRecord]:
+        """Stage A of distinct prompts."""
+        self.counts.asked += len(asked.copies)
+        records = self._look_up(asked)
+        unknown = np.flatnonzero([one is None for one in records])
+        if advance is not None:
+            advance(len(asked.copies) - len(unknown))
+        if len(unknown):
+            bar = contextlib.nullcontext(advance) if advance else self.progress(label, len(unknown))
+            with bar as advance_unknown:
+                self._fill(records, "score", asked, unknown, advance_unknown)
+        return records
+
+    def _look_up(self, asked: "_Distinct") -> list[ScoreRecord | None]:
+        """The records of distinct prompts as far as there are any."""
+        records = [self._final.get(key) for key in asked.keys]
+        missing = np.flatnonzero([one is None for one in records])
+        stored = self.store.get_scores(asked.query_ids[missing], asked.pointers[missing])
+        for place, record in zip(missing.tolist(), stored, strict=True):
+            records[place] = record
+        self._final.add(filter(None, stored))
+        return records
+
+    def _fill(self, records: list, verb: str, asked: "_Distinct", places, advance) -> None:
+        """Computes some of distinct prompts, and puts what comes back into their places."""
+        found = self._work(verb, asked.query_ids[places], asked.pointers[places], advance)
+        for place, record in zip(places.tolist(), found, strict=True):
+            records[place] = record
+
     def _work(
         self, verb: str, query_ids, pointers, advance, *, retry: bool = False
     ) -> list[ScoreRecord]:
@@ -167,6 +191,7 @@ class ScoringService:
                 rows = np.asarray(rows)
                 with lease.landing(rows):
                     records = put(asked[0][rows], asked[1][rows], batch, retry)
+                self._final.add(records)
                 for place, record in zip(lease.rows[rows].tolist(), records):
                     landed[place] = record
                 advance(len(rows))
@@ -255,24 +280,24 @@ def _key(pointer) -> tuple[int, ...]:
 
 
 class _Distinct:
-    """Some rows of a call, equal prompts among them taken together.
+    """The distinct prompts of n rows of a call, in order of appearance.
 
     Attributes:
-      prompts: query ids [m] and pointers [m, S] of the distinct ones, in order of appearance.
+      query_ids: [m].
+      pointers: [m, S], right-padded with -1.
+      keys: m pairs of a query id and a pointer without padding.
+      copies: n places, which of them each row is.
     """
 
-    def __init__(self, query_ids: np.ndarray, pointers: np.ndarray, rows: Iterable[int]):
-        self._same: dict[tuple, list[int]] = {}
-        for row in rows:
-            self._same.setdefault((int(query_ids[row]), _key(pointers[row])), []).append(row)
-        first = np.array([same[0] for same in self._same.values()], np.int64)
-        self.prompts = query_ids[first], pointers[first]
+    def __init__(self, query_ids, pointers):
+        query_ids, pointers = np.asarray(query_ids), np.asarray(pointers)
+        places: dict[tuple, int] = {}
+        keys = zip(query_ids.tolist(), map(_key, pointers.tolist()), strict=True)
+        self.copies = [places.setdefault(key, len(places)) for key in keys]
+        self.keys = list(places)
+        first = np.unique(self.copies, return_index=True)[1]
+        self.query_ids, self.pointers = query_ids[first], pointers[first]
 
-    def __len__(self) -> int:
-        return len(self._same)
-
-    def fill(self, records: list[ScoreRecord | None], found: Sequence[ScoreRecord]) -> None:
-        """Puts the records of the distinct prompts into all their rows."""
-        for same, record in zip(self._same.values(), found, strict=True):
-            for row in same:
-                records[row] = record
+    def spread(self, records: list) -> list:
+        """The records [m] of the distinct prompts, for all rows."""
+        return [records[place] for place in self.copies]

@@ -1,5 +1,6 @@
 """Scores and answers in the store: a record of each prompt, written once, read back verified."""
 
+import itertools
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -198,11 +199,15 @@ class ScoreTables(StoreFile):
 
     def get_scores(self, query_ids: np.ndarray, pointers: np.ndarray) -> list[ScoreRecord | None]:
         """The records of n queries [n] and pointers [n, S], None where there is none."""
-        sql = _SCORE_SQL + " WHERE s.query_id = ? AND s.pointer = ?"
-        keys = zip(as_ids(query_ids), schema.pack_padded(pointers, "pointers"), strict=True)
+        keys = list(zip(as_ids(query_ids), schema.pack_padded(pointers, "pointers"), strict=True))
+        rows: dict[tuple[int, bytes], tuple] = {}
         with named_errors(self.path):
-            rows = [(key, self._db.execute(sql, key).fetchone()) for key in keys]
-            return [None if row is None else self._record(row, *key) for key, row in rows]
+            for start in range(0, len(keys), _MANY):
+                some = keys[start : start + _MANY]
+                some += [(None, None)] * (_MANY - len(some))  # Equal to nothing.
+                found = self._db.execute(_SCORES_SQL, list(itertools.chain.from_iterable(some)))
+                rows.update(((row[0], row[1]), row) for row in found)
+            return [self._record(rows[key], *key) if key in rows else None for key in keys]
 
     def scored_queries(self) -> np.ndarray:
         """Int64 [n]: the queries that have scores, in rising order."""
@@ -250,16 +255,23 @@ class ScoreTables(StoreFile):
         )
 
 
-def _joined() -> str:
+def _joined(source: str = "scores s") -> str:
     scores = ", ".join(f"s.{column}" for column in (*schema.TABLES["scores"][0], "checksum"))
     answers = ", ".join(f"a.{column}" for column in (*schema.TABLES["answers"][0], "checksum"))
     return (
-        f"SELECT {scores}, {answers} FROM scores s LEFT JOIN answers a"
+        f"SELECT {scores}, {answers} FROM {source} LEFT JOIN answers a"
         " ON a.query_id = s.query_id AND a.pointer = s.pointer"
     )
 
 
 _SCORE_SQL = _joined()
+
+# Keys of one statement: alone, each costs more to ask for than to find.
+_MANY = 128
+_KEYS = ", ".join(["(?, ?)"] * _MANY)
+_SCORES_SQL = _joined(
+    f"(VALUES {_KEYS}) k CROSS JOIN scores s ON s.query_id = k.column1 AND s.pointer = k.column2"
+)
 
 
 def _answer_row(record: ScoreRecord) -> tuple:

@@ -9,7 +9,7 @@ import sys
 import mining_job
 import numpy as np
 import pytest
-from conftest import SMALL
+import small_mine
 from faults.injection import chosen
 from progress import no_bar
 from worker_settings import SETTINGS
@@ -167,7 +167,7 @@ def test_a_run_over_corrupt_images(tmp_path, story):
     assert len(broken) == 12 + 3
 
     def mine(workdir, folder, *flags):
-        command = [sys.executable, "-m", "experiments.mine", *SMALL, "--dataset=jsonl"]
+        command = [sys.executable, "-m", "experiments.mine", *small_mine.FLAGS, "--dataset=jsonl"]
         command += [f"--{name}={path}" for name, path in jsonl(folder).items()]
         command += [f"--workdir={tmp_path / workdir}", *flags]
         return subprocess.run(command, capture_output=True, text=True, timeout=600, check=False)

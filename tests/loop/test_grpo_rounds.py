@@ -11,12 +11,13 @@ import pytest
 from absl.testing import flagsaver
 from fake import FakeEnvironment
 
-from experiments import grpo, settings
+from experiments import grpo, grpo_programs, settings
 from experiments.metrics import MetricsLog
 from lever_jax import checkpoint, training
 from lever_jax.batches import Batches
 from lever_jax.mining import MiningConfig, RewardConfig
 from lever_jax.on_policy import draw, judge
+from lever_jax.parallel import replicated
 from lever_jax.proposing import phase_key
 
 FLAGS = {
@@ -47,7 +48,7 @@ def compiled_once(monkeypatch):
                 _SHARED[name] = getattr(training, name)(*given, **options)
             return _SHARED[name]
 
-        monkeypatch.setattr(grpo, name, made)
+        monkeypatch.setattr(grpo_programs, name, made)
 
 
 @pytest.fixture
@@ -69,8 +70,9 @@ def run(make_world, tmp_path):
         try:
             with flagsaver.flagsaver(**options):
                 params = grpo.train_rounds(
-                    session, world.params, {"recipe": "recipe"}, log, shots=SHOTS
-                )
+                    session, grpo_programs.GrpoPrograms(session), world.params,
+                    {"recipe": "recipe"}, log, shots=SHOTS,
+                )  # fmt: skip
         except KeyboardInterrupt:
             world.store.close()
             raise
@@ -87,8 +89,9 @@ def lagging_reference(world, overlap):
     """The same rounds written out: who draws, who is trained; also who drew the best round."""
     shared, state = _SHARED, None
     optimizer = training.make_optimizer(0.01, steps=STEPS)
-    state = training.init_state(world.params, optimizer, averaged=True)
-    drawers = [world.params]  # parameters before round 0, 1, ...
+    table, start = replicated(None, (world.queries.table, world.params))
+    state = replicated(None, training.init_state(start, optimizer, averaged=True))
+    drawers = [start]  # parameters before round 0, 1, ...
     best, most, first = None, -np.inf, {}
     for number in range(ROUNDS):
         drawer = drawers[max(number - 1, 0)] if overlap else drawers[number]
@@ -106,7 +109,7 @@ def lagging_reference(world, overlap):
         if np.mean(gains) > most:
             best, most = drawer, np.mean(gains)
         for batch in Batches(groups, 4, one_size=True).epoch((5, number, 0)):
-            state, _ = shared["make_step"](state, world.params, world.queries.table, batch)
+            state, _ = shared["make_step"](state, start, table, batch)
         drawers.append(training.copied(state.params))
     return state.average, best
 
@@ -129,15 +132,20 @@ def test_the_result_is_that_of_the_rounds_written_out(run, overlap, tmp_path):
     first_of_round = [row["behaviour_drift"] for row in rows[2::2]]
     assert all((drift > 1e-5) == overlap for drift in first_of_round)
     assert all(row["compilations"] == 0 for row in rows)
+    # What was compiled ahead is what was run.
+    assert _SHARED["make_step"].programs() == 1
+    assert _SHARED["make_log_probs"]._cache_size() == 1
 
 
 def test_the_policy_that_sampled_is_checked(run, monkeypatch):
     def other(params, *_):
         return jax.tree.map(lambda x: 1.3 * x, params)
 
-    real = grpo.draw
+    real = grpo_programs.draw
     monkeypatch.setattr(
-        grpo, "draw", lambda proposer, params, *a, **k: real(proposer, other(params), *a, **k)
+        grpo_programs,
+        "draw",
+        lambda proposer, params, *a, **k: real(proposer, other(params), *a, **k),
     )
     _, rows, _ = run("one")
     assert all(row["behaviour_error"] > 1e-3 for row in rows)
@@ -164,7 +172,7 @@ def test_timing_changes_nothing_and_jax_works_while_the_vlm_does(run):
     slow, rows, world = run("slow", environment=Slow())
     assert equal(fast, slow)
     assert world.environment.threads == {threading.main_thread()}
-    assert world.environment.beside == ROUNDS
+    assert world.environment.beside == ROUNDS - 1  # Before the first there is nothing to learn.
     for share in ("bridge_idle", "jax_idle"):
         assert 0 <= rows[-1][share] < 1
 

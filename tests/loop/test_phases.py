@@ -9,7 +9,7 @@ from absl.testing import flagsaver
 from experiments import configs, phases, settings
 from lever_jax import checkpoint
 from lever_jax.errors import InputError
-from lever_jax.training import LOSS_FIELDS, LossConfig
+from lever_jax.training import LOSS_FIELDS, GroupBatch, LossConfig
 
 
 @pytest.fixture(autouse=True)
@@ -27,7 +27,7 @@ def save(tmp_path):
         tree = {"params": np.zeros(2, np.float32)}
         metadata = {"recipe": recipe, "before": before}
         checkpoint.save(tmp_path / "checkpoints" / name, tree, metadata)
-        return types.SimpleNamespace(workdir=tmp_path)
+        return tmp_path
 
     return write
 
@@ -50,6 +50,23 @@ def test_a_warm_up_that_the_flags_leave_out_is_no_link(save):
     save("warmup", "w", None)
     save("rce", "r", "fresh")
     assert phases.finished_phases(save("grpo", "g", "r")) == ["rce", "grpo"]
+
+
+@pytest.mark.parametrize("rewards", [[0.5, 0.5, 9.0], [0.5, 0.5004, 9.0], [0.0, 0.5, 9.0]])
+def test_rce_leaves_no_selector_where_all_rewards_are_equal(rewards, monkeypatch, capsys):
+    """The third pointer of each group is padding; a range below 0.001 is flat."""
+    groups = GroupBatch(
+        np.arange(2, dtype=np.int32), np.zeros((2, 3, 2), np.int32),
+        np.array([rewards, [0.2, 0.2, 0.0]], np.float32), np.zeros((2, 3), np.float32),
+        np.array([[True, True, False]] * 2),
+    )  # fmt: skip
+    monkeypatch.setattr(phases, "mined_groups", lambda *_: groups)
+    monkeypatch.setattr(phases, "_fit", lambda *given, **_: given[4])
+    session = types.SimpleNamespace(train=None, store=None)
+    trained = phases.train_rce(session, phases.Trained(None, "a"), None)
+    flat = rewards[1] - rewards[0] < 1e-3
+    assert (trained is None) == flat
+    assert ("nothing to learn from" in capsys.readouterr().out) == flat
 
 
 def test_every_phase_names_the_settings_that_its_loss_reads():

@@ -33,10 +33,10 @@ def own_flags():
         yield
 
 
-def plan(*given, phases="train"):
+def plan(*given, phases="train", **options):
     with flagsaver.flagsaver():
         flags.FLAGS(["train", *given])
-        return make_plan(phases)
+        return make_plan(phases, **options)
 
 
 def test_all_flag_files_are_there():
@@ -123,6 +123,20 @@ def test_mining_alone_is_the_first_part():
     count = len(mining["phases"])
     assert mining["phases"] == whole["phases"][:count]
     assert "picks of RCE" not in [row["name"] for row in mining["phases"]]
+
+
+def test_an_evaluation_alone_is_the_last_part_and_may_be_known_already():
+    last = plan(OKVQA)["phases"][-1]  # warm-up, RCE, GRPO
+    alone = plan(OKVQA, phases="evaluate", selectors=3)
+    assert [row["name"] for row in alone["phases"]] == ["evaluation"]
+    assert alone["phases"][0] == {
+        **last, "scored": [0, last["scored"][1]], "flops": alone["total"]["flops"],
+        "hours": alone["total"]["hours"],
+    }  # fmt: skip
+    assert alone["total"]["hours"][0] < last["hours"][0]
+    assert alone["total"]["hours"][1] == last["hours"][1]
+    fewer = plan(OKVQA, phases="evaluate", selectors=1)
+    assert fewer["total"]["asked"] < alone["total"]["asked"]
 
 
 def test_the_plain_scorer_costs_many_times_as_much():

@@ -4,7 +4,10 @@ import numpy as np
 import pytest
 from fake import FakeEnvironment, key, worth
 
+from lever_jax.final_records import FinalRecords
+from lever_jax.ledger import Ledger
 from lever_jax.scoring import columns
+from lever_jax.store import ScoreRecord
 
 
 def prompts(world, count, seed, shots=2):
@@ -88,3 +91,48 @@ def test_what_landed_before_an_interruption_is_kept(make_world):
     world.environment.stop_after = None
     world.service.score(queries, pointers, label="x")
     assert len(world.environment.scored) == len(set(world.environment.scored))
+
+
+def test_what_is_final_is_not_read_again(make_world, monkeypatch):
+    world = make_world(environment=FakeEnvironment(failing={1003}))
+    queries, pointers = prompts(world, 90, 9)
+    first = world.service.verify(queries, pointers, label="x")
+    read, store = [], world.store.get_scores
+    monkeypatch.setattr(
+        world.store, "get_scores", lambda q, p: read.extend(map(key, q, p)) or store(q, p)
+    )
+    assert world.service.verify(queries, pointers, label="x") == first == store(queries, pointers)
+    # Failures are read again: somebody may have asked for them once more.
+    assert set(read) == {key(q, p) for q, p in zip(queries, pointers) if q == 1003}
+    world.environment.failing = frozenset()
+    world.service.retry_failed(queries, np.unique(pointers), label="x")
+    again = world.service.verify(queries, pointers, label="x")
+    assert again == store(queries, pointers)
+    assert all(record.eval_failed is None for record in again)
+
+
+def test_what_could_not_be_stored_is_not_kept_in_memory(make_world, monkeypatch):
+    world = make_world()
+    queries, pointers = prompts(world, 40, 10)
+
+    def full(ledger, jobs, state):
+        if state == "done" and jobs:
+            raise OSError("no space left")
+        write(ledger, jobs, state)
+
+    write = Ledger.write
+    with monkeypatch.context() as patch:
+        patch.setattr(Ledger, "write", full)
+        with pytest.raises(OSError, match="no space"):
+            world.service.verify(queries, pointers, label="x")
+    records = world.service.verify(queries, pointers, label="x")
+    assert records == world.store.get_scores(queries, pointers)
+
+
+def test_the_oldest_final_records_go_first():
+    final = FinalRecords(limit=3)
+    records = [ScoreRecord(i, (1, i), gt_prob=0.5, accuracy=1.0) for i in range(5)]
+    failed = ScoreRecord(9, (1, 2), gt_prob=0.5, eval_failed="broken")
+    final.add([*records, failed, ScoreRecord(8, (), gt_prob=0.5)])
+    assert [final.get((i, (1, i))) for i in range(5)] == [None, None, *records[2:]]
+    assert final.get((9, (1, 2))) is final.get((8, ())) is None

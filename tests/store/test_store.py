@@ -83,6 +83,18 @@ def test_order_of_a_pointer_matters_and_absent_is_none(store):
     assert [record is None for record in found] == [False, True, True, True]
 
 
+@pytest.mark.parametrize("count", [0, 1, 127, 128, 129, 300])
+def test_any_number_of_prompts_is_looked_up(store, count):
+    """Known and unknown ones, some twice, as a scan of the whole store finds them."""
+    rng = np.random.default_rng(count)
+    keys = {(int(q), (int(a),)) for q, a in rng.integers(0, 20, (150, 2))}
+    store.put_scores([answered(*key) if key[0] % 2 else scored(*key) for key in sorted(keys)])
+    queries, pointers = rng.integers(0, 20, count), rng.integers(0, 20, (count, 1))
+    known = {(record.query_id, record.pointer): record for record in store.iter_scores()}
+    expected = [known.get((q, (a,))) for q, (a,) in zip(queries.tolist(), pointers.tolist())]
+    assert store.get_scores(queries, pointers) == expected
+
+
 def test_numbers_that_sqlite_changes_still_verify(store):
     records = [scored(1, (2,), gt_prob=-0.0, margin=-0.0), scored(1, (3,), margin=float("inf"))]
     store.put_scores([replace(record, gt_prob=np.float32(record.gt_prob)) for record in records])

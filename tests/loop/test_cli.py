@@ -1,0 +1,58 @@
+"""How an entry point ends: its exit code, one line, and nothing that it waits for."""
+
+import pathlib
+import subprocess
+import sys
+import time
+
+import pytest
+
+ROOT = pathlib.Path(__file__).parents[2]
+
+RUN = """
+import threading, time
+from experiments import cli
+from lever_jax.errors import InputError
+from qwen_bridge.errors import InputError as BridgeInputError, WorkerError
+
+def main():
+    print("begun")
+    {body}
+
+cli.run(main)
+"""
+
+
+def end_of(body):
+    """Runs a main with this body: exit code, lines of stdout and of stderr, seconds."""
+    started = time.monotonic()
+    done = subprocess.run(
+        [sys.executable, "-c", RUN.format(body=body)],
+        cwd=ROOT, capture_output=True, text=True, timeout=120, check=False,
+    )  # fmt: skip
+    seconds = time.monotonic() - started
+    return done.returncode, done.stdout.splitlines(), done.stderr.splitlines(), seconds
+
+
+@pytest.mark.parametrize(
+    ("body", "code", "words"),
+    [
+        ("pass", 0, None),
+        ("raise InputError('--tau=0 is wrong')", 2, "error: --tau=0 is wrong"),
+        ("raise BridgeInputError('no image')", 2, "error: no image"),
+        ("raise WorkerError('it died')", 1, "error: it died; what was finished is kept"),
+    ],
+)
+def test_an_end_has_a_code_and_one_line(body, code, words):
+    ended, printed, said, _ = end_of(body)
+    assert (ended, printed) == (code, ["begun"])
+    assert (said == []) if words is None else (len(said) == 1 and said[0].startswith(words))
+
+
+def test_ctrl_c_waits_for_no_thread():
+    """XLA cannot be stopped while it compiles, and nobody will run what it makes."""
+    sleeping = "threading.Thread(target=time.sleep, args=(60,)).start(); raise KeyboardInterrupt"
+    ended, printed, said, seconds = end_of(sleeping)
+    assert (ended, printed) == (130, ["begun"])
+    assert said == ["stopped; what was finished is kept, and the same command goes on from there"]
+    assert seconds < 45
