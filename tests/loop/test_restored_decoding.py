@@ -29,7 +29,7 @@ def test_every_decoding_is_the_same_in_a_new_process(tmp_path):
     script = [str(HERE / "decode_all.py"), str(tmp_path / "selector"), str(tmp_path / "theirs")]
     child = subprocess.Popen(
         [sys.executable, *script, str(tmp_path / "theirs.npz")],
-        env={**os.environ, "PYTHONPATH": str(HERE.parents[1])},
+        env={**os.environ, "PYTHONPATH": f"{HERE.parent}:{HERE.parents[1]}"},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
