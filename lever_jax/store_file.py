@@ -305,6 +305,12 @@ class StoreFile:
         self._db.execute(schema.insert_sql("counters"), sealed)
 
 
+_TAKES_NO_MORE = (
+    "the disk takes no more: make space, or raise the quota or the limit of file sizes, and start "
+    "again; what was committed is safe"
+)
+
+
 @contextlib.contextmanager
 def named_errors(path: Path) -> Iterator[None]:
     """Turns an error of SQLite into a StoreError that names the file and the mend."""
@@ -317,7 +323,7 @@ def named_errors(path: Path) -> Iterator[None]:
             "SQLITE_READONLY": "it was opened read-only, or its folder is not writable",
             "SQLITE_NOTADB": "it is not a store, or its first bytes are damaged",
             "SQLITE_BUSY": "another process holds it; try again when that has ended",
-            "SQLITE_IOERR_WRITE": "the disk takes no more: make space, or raise the quota or the "
-            "limit of file sizes, and start again; what was committed is safe",
+            # The log's index, the -shm file, needs space too, even to open a store.
+            **dict.fromkeys(("SQLITE_IOERR_WRITE", "SQLITE_IOERR_SHMSIZE"), _TAKES_NO_MORE),
         }.get(name, "the file may be damaged; python -m experiments.store verify lists what is")
         raise StoreError(f"{path}: {error} ({name}); {mend}") from error

@@ -90,6 +90,19 @@ def test_a_full_disk(small_disk, tmp_path):
     check_full(small_disk, 3, tmp_path)
 
 
+def test_no_space_for_the_index_of_the_log(small_disk, tmp_path):
+    path, ballast = small_disk / "store.sqlite", small_disk / "ballast"
+    work(path)
+    space = os.statvfs(small_disk).f_bavail * os.statvfs(small_disk).f_frsize
+    ballast.write_bytes(bytes(space - 16_384))  # Enough for the lock's note.
+    with pytest.raises(StoreError, match=r"SQLITE_IOERR_SHMSIZE.*make space"):
+        Store.open(path, FINGERPRINT)
+    ballast.unlink()
+    work(path)
+    work(tmp_path / "clean")
+    assert content(path)[0] == content(tmp_path / "clean")[0]
+
+
 @pytest.mark.slow
 def test_a_full_disk_at_many_moments(small_disk, tmp_path):
     check_full(small_disk, 60, tmp_path)
