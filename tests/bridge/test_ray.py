@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import scipy.stats
 from faults.injection import hashed
 from leaks import alive, children, ports
 from worker_settings import SETTINGS
@@ -24,6 +25,7 @@ ray = pytest.importorskip("ray", reason="needs Ray: pip install 'lever[ray]'")
 pytestmark = pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::FutureWarning")
 
 RNG = np.random.default_rng(5)
+MOST_TURNS = 64
 QUERIES = np.repeat(np.arange(100, 140), 8)
 POINTERS = RNG.integers(0, 1000, (len(QUERIES), 2))
 LOOPBACK = ("0100007F", "0000000000000000FFFF00000100007F", "00000000000000000000000001000000")
@@ -289,7 +291,10 @@ def test_machines_join_and_leave_while_a_job_runs(cluster, join):
 
 @pytest.mark.slow
 def test_the_real_scorer_gives_the_same_and_is_hardly_slower(cluster, capsys):
-    """Two workers of one thread each, here as processes and there as actors, in turn."""
+    """Two workers of one thread each, here as processes and there as actors, in turn.
+
+    On a busy machine single ratios go from 0.8 to 1.7: there are turns until the median is known.
+    """
     examples = open_dataset(SETTINGS["dataset"])
     ids = np.array([example.id for example in examples.eval[:24]])
     bank = np.array([example.id for example in examples.bank])
@@ -301,7 +306,7 @@ def test_the_real_scorer_gives_the_same_and_is_hardly_slower(cluster, capsys):
         Environment(SETTINGS, engine=RayEngine(address="local", **options)) as ours,
     ):
         wait_until(lambda: ours.embed("bank", bank[:64]) is not None and both_ready(ours))
-        for turn in range(16):
+        for turn in range(MOST_TURNS):
             queries = np.repeat(ids, 16)
             pointers = np.stack([rng.choice(bank, 2, replace=False) for _ in queries])
             pair = [("local", local), ("ray", ours)]
@@ -313,15 +318,26 @@ def test_the_real_scorer_gives_the_same_and_is_hardly_slower(cluster, capsys):
             np.testing.assert_allclose(
                 results["ray"].gt_prob, results["local"].gt_prob, rtol=0, atol=1e-5
             )
+            if turn >= 15:
+                ratios = np.array(seconds["ray"][1:]) / np.array(seconds["local"][1:])
+                low, high = interval_of_median(ratios)
+                if high < 1.1 or low > 1.1:
+                    break
         assert ours.stats["restarts"] == local.stats["restarts"] == 0
-    ratios = np.array(seconds["ray"][1:]) / np.array(seconds["local"][1:])
     with capsys.disabled():
         print(
             f"\nRay against local, {len(queries)} prompts a round: ratio of seconds "
-            f"{np.median(ratios):.3f} (median; {ratios.min():.3f} to {ratios.max():.3f}), "
+            f"{np.median(ratios):.3f} (median of {len(ratios)}; 95% {low:.3f} to {high:.3f}), "
             f"{np.median(seconds['local']):.2f} s and {np.median(seconds['ray']):.2f} s"
         )
     assert np.median(ratios) < 1.1
+
+
+def interval_of_median(values):
+    """95% interval by order statistics, of six values or more."""
+    rank = int(scipy.stats.binom.ppf(0.025, len(values), 0.5)) - 1
+    ordered = np.sort(values)
+    return ordered[rank], ordered[-1 - rank]
 
 
 def both_ready(env):
