@@ -21,11 +21,10 @@ import jax
 import numpy as np
 
 from experiments import configs, settings
-from experiments.grpo_programs import GrpoPrograms, draw_round
+from experiments.grpo_programs import GrpoPrograms
 from experiments.idle import IdleShares
 from experiments.metrics import MetricsLog
 from experiments.progress import note
-from experiments.session import Session
 from experiments.watch import Watch, known_picks
 from lever_jax import checkpoint
 from lever_jax.compilations import count_compilations
@@ -55,30 +54,22 @@ class _Judged(NamedTuple):
 
 
 def train_rounds(
-    session: Session,
-    programs: GrpoPrograms,
-    reference: Params,
-    metadata: dict[str, Any],
-    log: MetricsLog,
-    *,
-    shots: int,
+    programs: GrpoPrograms, reference: Params, metadata: dict[str, Any], log: MetricsLog
 ) -> Params | None:
     """Trains over all rounds, or over those that an earlier run of the recipe left.
 
     Args:
-      session: the run.
-      programs: what runs on the device; compiled here if they are not yet.
+      programs: what runs on the device, of the run; compiled here if they are not yet.
       reference: parameters to start from, and that the KL is measured to.
       metadata: of the phase's checkpoints; its recipe tells whether an earlier run is gone on with.
       log: takes the metrics of every step.
-      shots: S.
 
     Returns:
       The parameters to evaluate; None where every group of every round was flat.
     """
-    programs.compile_ahead(reference, shots)
+    programs.compile_ahead(reference)
     with count_compilations() as compiled:
-        rounds = _Rounds(session, programs, reference, metadata, log, shots, compiled)
+        rounds = _Rounds(programs, reference, metadata, log, compiled)
         if settings.OVERLAP.value:
             _overlapped(rounds)
         else:
@@ -133,15 +124,14 @@ class _Rounds:
 
     def __init__(
         self,
-        session: Session,
         programs: GrpoPrograms,
         reference: Params,
         metadata: dict[str, Any],
         log: MetricsLog,
-        shots: int,
         compiled: Callable[[], int],
     ):
-        self._session, self._programs, self._shots = session, programs, shots
+        session = programs.session
+        self._session, self._programs = session, programs
         self._metadata, self._log = metadata, log
         self._recipe = metadata["recipe"]
         averaged, optimizer = settings.EMA.value > 0, programs.optimizer
@@ -251,7 +241,7 @@ class _Rounds:
         key = jax.random.fold_in(self._key, number)
         with self._shares.jax_busy():
             self._programs.wait_for_draws()
-            return _Drawn(*draw_round(self._session, params, key, rows, self._shots))
+            return _Drawn(*self._programs.draw(params, key, rows))
 
     def _updates(self, judged: _Judged) -> list[dict[str, float]]:
         """Passes over the groups of a round; returns the metrics of each step."""

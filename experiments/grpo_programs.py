@@ -9,7 +9,7 @@ from experiments import configs, settings
 from experiments.session import Session
 from lever_jax.batches import Batches
 from lever_jax.compilations import compiling_ahead
-from lever_jax.on_policy import draw
+from lever_jax.on_policy import Drawn, draw
 from lever_jax.parallel import device_count, replicated
 from lever_jax.policy import Params
 from lever_jax.training import (
@@ -27,15 +27,17 @@ class GrpoPrograms:
 
     Args:
       session: the run.
+      shots: S.
 
     Attributes:
+      session, shots: these.
       rounds: epoch and first place in its order of the queries, of each round.
       table: the pools, on all devices.
       optimizer, step, log_probs: see `lever_jax.training`.
     """
 
-    def __init__(self, session: Session):
-        self._session = session
+    def __init__(self, session: Session, shots: int):
+        self.session, self.shots = session, shots
         count, size = len(session.train), settings.GRPO_QUERIES.value
         self.rounds = [
             (epoch, start)
@@ -62,22 +64,21 @@ class GrpoPrograms:
             groups,
             self._batch_size,
             pieces=settings.ACCUMULATE.value,
-            devices=device_count(self._session.mesh),
+            devices=device_count(self.session.mesh),
             one_size=True,
         )
 
-    def compile_ahead(self, params: Params, shots: int) -> None:
+    def compile_ahead(self, params: Params) -> None:
         """Begins to compile in a thread of its own, what draws first; at most once.
 
         Args:
           params: of any selector of this architecture.
-          shots: S.
         """
         if self._ahead:
             return
         thread = concurrent.futures.ThreadPoolExecutor(1, "compiling")
         self._ahead = [
-            thread.submit(compile_, params, shots)
+            thread.submit(compile_, params)
             for compile_ in (self._compile_draws, self._compile_step)
         ]
         thread.shutdown(wait=False)
@@ -90,18 +91,32 @@ class GrpoPrograms:
         """Waits until all is compiled."""
         concurrent.futures.wait(self._ahead)
 
-    def _compile_draws(self, params: Params, shots: int) -> None:
-        rows = np.arange(min(settings.GRPO_QUERIES.value, len(self._session.train)))
-        with compiling_ahead():
-            draw_round(self._session, params, jax.random.key(0), rows, shots)
+    def draw(self, params: Params, key: jax.Array, rows: np.ndarray) -> tuple[Drawn, np.ndarray]:
+        """Groups of the training queries `rows`, and the greedy picks [n, S] of the same policy."""
+        proposer = self.session.train_proposer
+        groups = draw(
+            proposer,
+            params,
+            key,
+            rows,
+            shots=self.shots,
+            group_size=settings.GROUP_SIZE.value,
+            draws=settings.DRAWS.value,
+        )
+        return groups, proposer.greedy(params, rows, shots=self.shots)
 
-    def _compile_step(self, params: Params, shots: int) -> None:
+    def _compile_draws(self, params: Params) -> None:
+        rows = np.arange(min(settings.GRPO_QUERIES.value, len(self.session.train)))
+        with compiling_ahead():
+            self.draw(params, jax.random.key(0), rows)
+
+    def _compile_step(self, params: Params) -> None:
         """On groups that are thrown away, and copies of the parameters."""
         shape = self._batch_size, settings.GROUP_SIZE.value
         zeros = np.zeros(shape, np.float32)
         groups = GroupBatch(
             np.zeros(shape[0], np.int32),
-            np.zeros((*shape, shots), np.int32),
+            np.zeros((*shape, self.shots), np.int32),
             zeros,
             zeros,
             np.ones(shape, bool),
@@ -111,23 +126,8 @@ class GrpoPrograms:
             (batch,) = self.batches(groups).epoch((0,))
             averaged = settings.EMA.value > 0
             reference, state = replicated(
-                self._session.mesh,
+                self.session.mesh,
                 (params, init_state(params, self.optimizer, averaged=averaged)),
             )
             self.log_probs(copied(reference), self.table, batch[0])
             jax.block_until_ready(self.step(state, reference, self.table, batch))
-
-
-def draw_round(session: Session, params: Params, key: jax.Array, rows: np.ndarray, shots: int):
-    """Groups of the training queries `rows`, and the greedy picks [n, S] of the same policy."""
-    proposer = session.train_proposer
-    groups = draw(
-        proposer,
-        params,
-        key,
-        rows,
-        shots=shots,
-        group_size=settings.GROUP_SIZE.value,
-        draws=settings.DRAWS.value,
-    )
-    return groups, proposer.greedy(params, rows, shots=shots)

@@ -199,9 +199,9 @@ def compile_grpo(session: Session, selector: Trained) -> GrpoPrograms:
       session: the run.
       selector: any of the architecture.
     """
-    programs = GrpoPrograms(session)
+    programs = GrpoPrograms(session, configs.training_shots())
     if not checkpoint.exists(session.workdir / "checkpoints" / "grpo"):
-        programs.compile_ahead(selector.params, configs.training_shots())
+        programs.compile_ahead(selector.params)
     return programs
 
 
@@ -234,9 +234,7 @@ def train_grpo(
     if settings.VERIFY.value == "top_m":
         note("--verify=top_m leaves draws out of their groups, which biases the gradient")
     metadata = _metadata(session, "grpo", recipe, start.recipe)
-    params = train_rounds(
-        session, programs, start.params, metadata, log, shots=configs.training_shots()
-    )
+    params = train_rounds(programs, start.params, metadata, log)
     if params is None:
         note("GRPO: every group of every round was flat, nothing was learnt; see the health check")
         return None

@@ -69,10 +69,8 @@ def run(make_world, tmp_path):
         log = MetricsLog(folder)
         try:
             with flagsaver.flagsaver(**options):
-                params = grpo.train_rounds(
-                    session, grpo_programs.GrpoPrograms(session), world.params,
-                    {"recipe": "recipe"}, log, shots=SHOTS,
-                )  # fmt: skip
+                programs = grpo_programs.GrpoPrograms(session, SHOTS)
+                params = grpo.train_rounds(programs, world.params, {"recipe": "recipe"}, log)
         except KeyboardInterrupt:
             world.store.close()
             raise
