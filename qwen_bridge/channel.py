@@ -17,6 +17,7 @@ from qwen_bridge.protocol import MAX_FRAME_BYTES, ProtocolError
 _MAGIC = b"QwB1"
 _HEADER = struct.Struct("<4sI")
 _CHUNK = 1 << 16
+_TURN_S = 0.2
 
 
 class PeerGone(ConnectionError):
@@ -147,4 +148,17 @@ def wait_readable(channels: Iterable[Channel], timeout_s: float) -> set[int]:
     poll = select.poll()
     for channel in channels:
         poll.register(channel, select.POLLIN)
-    return {fd for fd, _ in poll.poll(max(0.0, timeout_s) * 1000)}
+    return {fd for fd, _ in poll_in_turns(poll, timeout_s)}
+
+
+def poll_in_turns(poll: select.poll, timeout_s: float) -> list[tuple[int, int]]:
+    """`poll.poll`, coming up every now and then to hear of a Ctrl-C.
+
+    A signal that arrives just before the system call, or in another thread, ends no wait: Python
+    would call its handler only after `timeout_s`, which may be many minutes.
+    """
+    deadline = time.monotonic() + max(0.0, timeout_s)
+    while True:
+        left = deadline - time.monotonic()
+        if (found := poll.poll(max(0.0, min(left, _TURN_S)) * 1000)) or left <= _TURN_S:
+            return found

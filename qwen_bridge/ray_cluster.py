@@ -23,6 +23,7 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from qwen_bridge.channel import poll_in_turns
 from qwen_bridge.errors import InputError, check_within
 from qwen_bridge.messages import Settings
 from qwen_bridge.ray_worker import RayWorker, ScorerActor
@@ -200,7 +201,7 @@ class RayEngine:
         """See `Engine`."""
         poll = select.poll()
         poll.register(self._bell, select.POLLIN)
-        if poll.poll(min(max(0.0, timeout_s), 3600.0) * 1000):
+        if poll_in_turns(poll, timeout_s):
             os.eventfd_read(self._bell)
         talking = []
         while self._news:

@@ -173,3 +173,22 @@ def test_wait_readable(pair):
     assert wait_readable([ours, theirs], 0.01) == set()
     ours.send(b"x", 1)
     assert wait_readable([ours, theirs], 1) == {theirs.fileno()}
+
+
+def test_a_signal_that_ends_no_wait_is_heard_all_the_same(pair):
+    """One that another thread takes; one just before the wait looks the same from there."""
+    ours, _ = pair
+    sender = threading.Timer(0.3, lambda: signal.pthread_kill(threading.get_ident(), signal.SIGINT))
+    sender.start()
+    started = time.monotonic()
+    with pytest.raises(KeyboardInterrupt):
+        wait_readable([ours], 60.0)
+    assert time.monotonic() - started < 30.0
+    sender.join()
+
+
+@pytest.mark.parametrize("timeout_s", [-1.0, 0.0, 0.05, 0.45])
+def test_turns_last_as_long_as_one_wait(pair, timeout_s):
+    started = time.monotonic()
+    assert wait_readable(pair, timeout_s) == set()
+    assert time.monotonic() - started > timeout_s - 0.002
