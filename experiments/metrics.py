@@ -3,11 +3,20 @@
 import json
 import math
 import pathlib
+import sys
 import time
 
-from tensorboardX import SummaryWriter
-
 from lever_jax.errors import InputError
+
+# tensorboardX loads torch where there is one, for tensors that nobody gives it here: seconds at
+# every start, and memory in a process that only ever uses JAX.
+_HIDE = "torch" not in sys.modules
+if _HIDE:
+    sys.modules["torch"] = None
+from tensorboardX import SummaryWriter  # noqa: E402
+
+if _HIDE:
+    del sys.modules["torch"]
 
 
 class MetricsLog:

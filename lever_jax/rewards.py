@@ -131,7 +131,7 @@ def compute_rewards(
 
 
 def is_flat(rewards: Array, where: Array | None = None, min_range: float = 1e-6) -> Array:
-    """Whether a group's rewards teach nothing: max - min < min_range.
+    """Whether a group's rewards teach nothing: max - min < min_range, or all are equal.
 
     Args:
       rewards: [G] the rewards actually trained on.
@@ -147,4 +147,5 @@ def is_flat(rewards: Array, where: Array | None = None, min_range: float = 1e-6)
     where = xp.ones(rewards.shape, bool) if where is None else xp.asarray(where)
     highest = xp.max(xp.where(where, rewards, -xp.inf), initial=-xp.inf)
     lowest = xp.min(xp.where(where, rewards, xp.inf), initial=xp.inf)
-    return highest - lowest < min_range
+    # Were a group of equals not flat, where min_range is 0, rounding would make its advantages.
+    return (highest - lowest < min_range) | (highest <= lowest)

@@ -40,3 +40,12 @@ def test_datasets_and_metric_do_not_need_torch():
         [sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True
     )
     assert run.stdout.strip() == "False"
+
+
+def test_the_job_itself_does_not_load_torch():
+    """Workers do; tensorboardX would, too, for seconds at every start."""
+    script = "import sys, experiments.train, tensorboardX; print('torch' in sys.modules)"
+    run = subprocess.run(
+        [sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    assert run.stdout.strip() == "False"

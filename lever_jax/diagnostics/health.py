@@ -98,6 +98,7 @@ def health_of(
     answered = num_verified > 0
     highest, lowest = rows.extremes(rows.reward)
     rewarded = np.isfinite(highest)
+    flat = (highest - lowest < min_range) | (highest <= lowest)
     sample, sampling = rows.sample, rows.sampling
     figures: dict[str, Estimate] = {
         "pct_eval_failed": share_ci(
@@ -109,7 +110,7 @@ def health_of(
         ),
         "pct_zero_positive_query": share_ci(num_positive[answered] == 0),
         "coverage_rising": _coverage_rising(num_verified, num_positive, sampling),
-        "pct_flat_reward_query": share_ci((highest - lowest)[rewarded] < min_range),
+        "pct_flat_reward_query": share_ci(flat[rewarded]),
         "spearman_gt_prob_accuracy": rank_correlation(rows, rows.gt_prob, rows.accuracy, sample),
     }
     oracle = rows.extremes(rows.accuracy)[0]

@@ -1,10 +1,10 @@
-"""The main job as a user runs it, small: trains, resumes, evaluates again, refuses bad input."""
+"""The main job, small: trains, resumes, evaluates again, refuses bad input."""
 
 import collections
 import json
 
 import pytest
-from main_job import run
+from warm import run
 
 from lever_jax import checkpoint
 from lever_jax.store import Store

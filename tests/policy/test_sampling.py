@@ -1,5 +1,8 @@
 import itertools
 import math
+import os
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -378,6 +381,16 @@ def test_results_do_not_depend_on_the_batch(selector, batch):
     after = draw_all(ids[order], *jax.tree.map(lambda x: x[order], (queries, pools)))
     for old, new in zip(jax.tree.leaves(before), jax.tree.leaves(after)):
         np.testing.assert_array_equal(old[order], new)
+
+
+def test_nor_when_compiled_as_users_do():
+    """The tests' own flags (see conftest.py) make other programs of the same functions."""
+    test = f"{__file__}::{test_results_do_not_depend_on_the_batch.__name__}"
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", test],
+        env={**os.environ, "XLA_FLAGS": ""}, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout
 
 
 def test_padding_changes_no_draw(table):
