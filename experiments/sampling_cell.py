@@ -11,6 +11,7 @@ from experiments import torch_samplers
 from experiments.torch_selector import from_flax
 from lever_jax import sampling
 from lever_jax.errors import InputError
+from lever_jax.parallel import over_queries
 from lever_jax.policy import pointer_log_probs
 from lever_jax.selector import SelectorConfig, make_selector
 from lever_jax.types import CandidatePool
@@ -130,7 +131,7 @@ class Cell:
                 own = jax.random.fold_in(key, query_id)
                 return self._draw(params, own, encoding, mask)
 
-            return jax.vmap(one)(ids, query, embeddings, mask)
+            return over_queries(one)(ids, query, embeddings, mask)
 
         return lambda: jax.block_until_ready(run(models.params, key, ids, *arrays))
 

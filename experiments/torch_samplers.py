@@ -41,7 +41,7 @@ def _draw(model, encoding, mask, num, shots, top_p):
             log_probs = _nucleus(log_probs, top_p)
         if shot == 0:  # one distribution for all draws of a query
             log_probs = log_probs.expand(-1, num, -1)
-            state, available = state.expand(-1, num, -1), available.expand(-1, num, -1)
+            available = available.expand(-1, num, -1)
         # The smallest of exponentials with these rates is a draw; faster than multinomial.
         noise = torch.empty_like(log_probs).exponential_()
         action = (log_probs.exp() / noise).argmax(-1)
@@ -65,7 +65,8 @@ def _beam(model, encoding, mask, num, shots, _):
         parent, action = best // size, best % size
         pointers = torch.cat([_rows(pointers, parent), action[..., None]], 2)
         if shot + 1 < shots:
-            state = model.update(encoding, _rows(state, parent), action)
+            # All prefixes share the state before the first pick.
+            state = model.update(encoding, _rows(state, parent) if shot else state, action)
             available = _rows(available, parent).scatter(2, action[..., None], False)
     return pointers, total
 

@@ -88,7 +88,7 @@ class TorchSelector(nn.Module):
         return scale * (pointer @ encoding.keys.transpose(1, 2))
 
     def update(self, encoding: Encoding, state, action):
-        """States [B, G, w] after the actions [B, G]."""
+        """States [B, G, w] after the actions [B, G]; from states [B, 1, w], if all share one."""
         index = action[..., None].expand(-1, -1, encoding.inputs.shape[-1])
         reset, keep, new = encoding.inputs.gather(1, index).chunk(3, -1)
         reset_state, keep_state, new_state = self.recur(state).chunk(3, -1)
@@ -109,7 +109,7 @@ class TorchSelector(nn.Module):
         # The first pick has one distribution a query.
         first = self.step_log_probs(encoding, encoding.start[:, None], mask[:, None])
         steps = [first.expand(-1, count, -1)]
-        state = encoding.start[:, None].expand(-1, count, -1)
+        state = encoding.start[:, None]
         for shot in range(1, pointers.shape[2]):
             previous = pointers[..., shot - 1]
             state = self.update(encoding, state, previous)

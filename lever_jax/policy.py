@@ -90,12 +90,16 @@ def pointer_log_probs(
             available = remaining(policy.stops, available, previous)
             return (state, available, action), read(state, available, action)
 
+        # The first two picks stand outside the scan: under vmap, what can be computed from the
+        # state before the first one is computed once for all pointers.
         state = policy.start(params, encoding)
-        first = read(state, mask, pointer[0])
-        _, rest = jax.lax.scan(step, (state, mask, pointer[0]), pointer[1:])
-        picked, possible, log_probs = jax.tree.map(
-            lambda a, b: jnp.concatenate([jnp.asarray(a)[None], b]), first, rest
-        )
+        carry, steps = (state, mask, pointer[0]), [read(state, mask, pointer[0])]
+        if len(pointer) > 1:
+            carry, second = step(carry, pointer[1])
+            steps.append(second)
+        _, rest = jax.lax.scan(step, carry, pointer[2:])
+        begun = jax.tree.map(lambda *x: jnp.stack(x), *steps)
+        picked, possible, log_probs = jax.tree.map(lambda *x: jnp.concatenate(x), begun, rest)
         return jnp.where(jnp.all(possible), jnp.sum(picked), MASKED), log_probs
 
     return jax.vmap(one_pointer)(pointers)

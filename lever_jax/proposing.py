@@ -11,7 +11,7 @@ from collections.abc import Mapping
 import jax
 import numpy as np
 
-from lever_jax.parallel import device_count, replicated, shardings
+from lever_jax.parallel import device_count, over_queries, replicated, shardings
 from lever_jax.policy import Params, Policy
 from lever_jax.sampling import (
     beam_search,
@@ -178,7 +178,7 @@ class Proposer:
             return draw(self._policy, params, key_of_query, encoding, pool.mask, *given)
 
         query, pool = table.read(rows)
-        return jax.vmap(one)(query, pool, table.query_ids[rows], *given)
+        return over_queries(one, self._mesh)(query, pool, table.query_ids[rows], *given)
 
 
 def phase_key(seed: int, phase: str) -> jax.Array:

@@ -91,10 +91,11 @@ def search(
             mask=found,
         )
 
-    def take(beams, action):
-        update = jax.vmap(policy.update, in_axes=(None, None, 0, 0))
+    def take(beams, action, common=None):
+        state, axis = (beams.state, 0) if common is None else (common, None)
+        update = jax.vmap(policy.update, in_axes=(None, None, axis, 0))
         return beams._replace(
-            state=update(params, encoding, beams.state, action),
+            state=update(params, encoding, state, action),
             available=jax.vmap(after)(beams.available, action),
         )
 
@@ -103,17 +104,21 @@ def search(
         beams = take(beams, beams.pointers[:, shot - 1])
         return grow(beams, key, shot), None
 
+    start = policy.start(params, encoding)
     root = _Beams(
         pointers=jnp.zeros((1, shots), jnp.int32),
         available=mask[None],
-        state=jax.tree.map(lambda x: x[None], policy.start(params, encoding)),
+        state=jax.tree.map(lambda x: x[None], start),
         log_probs=jnp.zeros(1),
         scores=root_score[None],
         mask=jnp.ones(1, bool),
     )
     keys = jax.random.split(key, shots)
-    # The first pick stands outside the scan: it has one prefix to grow, not W.
+    # The first pick stands outside the scan: it has one prefix to grow, not W. So does the second:
+    # what can be computed from the state before the first one is computed once for all prefixes.
     beams = grow(root, keys[0], 0)
-    beams, _ = jax.lax.scan(step, beams, (keys[1:], jnp.arange(1, shots)))
+    if shots > 1:
+        beams = grow(take(beams, beams.pointers[:, 0], start), keys[1], 1)
+    beams, _ = jax.lax.scan(step, beams, (keys[2:], jnp.arange(2, shots)))
     pointers = as_pointers(policy.stops, beams.pointers, candidates)
     return Found(pointers, beams.log_probs, beams.scores, beams.mask)

@@ -64,11 +64,18 @@ def draw_sequentially(
             action, log_prob = pick(noise, state, available)
             return (state, available, action), (action, log_prob)
 
-        # The first pick stands outside the scan: under vmap its logits are computed once for all.
+        # The first two picks stand outside the scan: under vmap, what can be computed from the
+        # state before the first one is computed once for all pointers.
         state = policy.start(params, encoding)
         action, log_prob = pick(noise[0], state, mask)
-        _, (actions, log_probs) = jax.lax.scan(step, (state, mask, action), noise[1:])
-        return jnp.append(action, actions), log_prob + jnp.sum(log_probs)
+        carry, begun = (state, mask, action), [(action, log_prob)]
+        if shots > 1:
+            carry, second = step(carry, noise[1])
+            begun.append(second)
+        _, rest = jax.lax.scan(step, carry, noise[2:])
+        begun = jax.tree.map(lambda *x: jnp.stack(x), *begun)
+        actions, log_probs = jax.tree.map(lambda *x: jnp.concatenate(x), begun, rest)
+        return actions, jnp.sum(log_probs)
 
     keys = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, jnp.arange(num))
     pointers, log_probs = jax.vmap(one_pointer)(keys)

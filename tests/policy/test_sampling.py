@@ -14,6 +14,7 @@ from scipy import stats
 from lever_jax import sampling
 from lever_jax.errors import InputError
 from lever_jax.masking import MASKED
+from lever_jax.parallel import over_queries
 from lever_jax.policy import Policy, pointer_log_probs
 from lever_jax.types import SOURCES
 
@@ -361,31 +362,31 @@ def test_mixture_is_full_and_different_for_any_shots_and_pool(candidates, shots)
     check_all_different(rollouts, sizes, shots)
 
 
-def test_results_do_not_depend_on_the_batch(selector, batch):
-    """Bit by bit: with other neighbours, in another place, and whatever the padding of others."""
+@pytest.mark.parametrize("over", [jax.vmap, over_queries])
+def test_results_do_not_depend_on_the_batch(selector, batch, over):
+    """Bit by bit: with other neighbours, in another place, and whatever the padding of others.
+
+    By `over_queries`, which splits batches, the size of the batch does not matter either.
+    """
     policy, params = selector
     ids = jnp.array([11, 7, 3, 400])
 
-    @jax.jit
-    def draw_all(ids, queries, pools):
-        def one(query_id, query, pool):
-            key = jax.random.fold_in(jax.random.key(9), query_id)
-            encoding = policy.encode(params, query, pool)
-            return everything(policy, params, key, encoding, pool.mask, num=16, shots=2)
+    def one(query_id, query, pool):
+        key = jax.random.fold_in(jax.random.key(9), query_id)
+        encoding = policy.encode(params, query, pool)
+        return everything(policy, params, key, encoding, pool.mask, num=16, shots=2)
 
-        return jax.vmap(one)(ids, queries, pools)
-
-    queries, pools = batch
+    draw_all, (queries, pools) = jax.jit(over(one)), batch
     before = draw_all(ids, queries, pools)
-    order = jnp.array([2, 2, 3, 0])
+    order = jnp.array([2, 2, 3, 0] * (5 if over is over_queries else 1))
     after = draw_all(ids[order], *jax.tree.map(lambda x: x[order], (queries, pools)))
-    for old, new in zip(jax.tree.leaves(before), jax.tree.leaves(after)):
+    for old, new in zip(jax.tree.leaves(before), jax.tree.leaves(after), strict=True):
         np.testing.assert_array_equal(old[order], new)
 
 
 def test_nor_when_compiled_as_users_do():
     """The tests' own flags (see conftest.py) make other programs of the same functions."""
-    test = f"{__file__}::{test_results_do_not_depend_on_the_batch.__name__}"
+    test = f"{__file__}::{test_results_do_not_depend_on_the_batch.__name__}[over_queries]"
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", test],
         env={**os.environ, "XLA_FLAGS": ""}, capture_output=True, text=True, check=False,
