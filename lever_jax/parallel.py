@@ -16,7 +16,7 @@ from lever_jax.errors import InputError
 
 MODES = ("auto", "off")
 _AXIS = "queries"
-_EIGHT = 8
+_AT_A_TIME = 8
 
 
 def make_mesh(mode: str) -> Mesh | None:
@@ -78,16 +78,16 @@ def over_queries(function: Callable, mesh: Mesh | None = None) -> Callable:
     if mesh is not None or jax.default_backend() != "cpu":
         return jax.vmap(function)
 
-    def eight_at_a_time(*batch):
+    def some_at_a_time(*batch):
         count = len(jax.tree.leaves(batch)[0])
-        missing = -count % _EIGHT
+        missing = -count % _AT_A_TIME
 
         def cut(x):
             return jnp.concatenate([x, jnp.repeat(x[-1:], missing, 0)]).reshape(
-                -1, _EIGHT, *x.shape[1:]
+                -1, _AT_A_TIME, *x.shape[1:]
             )
 
         done = jax.lax.map(lambda few: jax.vmap(function)(*few), jax.tree.map(cut, batch))
         return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:])[:count], done)
 
-    return eight_at_a_time
+    return some_at_a_time
