@@ -147,5 +147,12 @@ def is_flat(rewards: Array, where: Array | None = None, min_range: float = 1e-6)
     where = xp.ones(rewards.shape, bool) if where is None else xp.asarray(where)
     highest = xp.max(xp.where(where, rewards, -xp.inf), initial=-xp.inf)
     lowest = xp.min(xp.where(where, rewards, xp.inf), initial=xp.inf)
-    # Were a group of equals not flat, where min_range is 0, rounding would make its advantages.
+    return is_flat_between(lowest, highest, min_range)
+
+
+def is_flat_between(lowest: Array, highest: Array, min_range: float) -> Array:
+    """Whether groups teach nothing whose lowest and highest rewards these are, of any one shape.
+
+    Equals are flat where min_range is 0, too: rounding alone would make their advantages.
+    """
     return (highest - lowest < min_range) | (highest <= lowest)

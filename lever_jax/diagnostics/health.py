@@ -12,6 +12,7 @@ from scipy.special import gammaln
 
 from lever_jax.diagnostics.rows import Candidates, Picks, Rows, prepare
 from lever_jax.diagnostics.verdict import DEFAULT_THRESHOLDS, Thresholds, verdict
+from lever_jax.rewards import is_flat_between
 from lever_jax.statistics import Estimate, mean_ci, ratios_ci, share_ci, spearman
 
 _GAP = 0.2 + 1e-9  # accuracies are multiples of 0.1; a gap of 0.9 - 0.7 is not above 0.2
@@ -98,7 +99,7 @@ def health_of(
     answered = num_verified > 0
     highest, lowest = rows.extremes(rows.reward)
     rewarded = np.isfinite(highest)
-    flat = (highest - lowest < min_range) | (highest <= lowest)
+    flat = is_flat_between(lowest, highest, min_range)
     sample, sampling = rows.sample, rows.sampling
     figures: dict[str, Estimate] = {
         "pct_eval_failed": share_ci(

@@ -72,7 +72,9 @@ def test_ctrl_c_in_a_mining_job(tmp_path, story, presses):
     def wait():
         if presses == 2:
             time.sleep(1.5)
+        until = time.monotonic() + 60.0
         while presses == 1 and stored(folder) < 2 * mining_job.BATCH:
+            assert time.monotonic() < until, "the job has stored nothing"
             time.sleep(0.01)
 
     _, errors, seconds = interrupted(command, presses, wait, "mining")

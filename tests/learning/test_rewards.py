@@ -120,6 +120,14 @@ def test_is_flat(xp, values, where, flat):
     assert bool(got) is flat
 
 
+@pytest.mark.parametrize("xp", [np, jnp])
+def test_equals_are_flat_whatever_the_least_range(xp):
+    for values, flat in (([0.1] * 3, True), ([0.1, 0.1, 0.2], False), ([0.1, np.nan], False)):
+        assert bool(rewards.is_flat(xp.array(values, xp.float32), min_range=0.0)) is flat
+    lowest, highest = xp.array([1.0, 1.0, np.nan]), xp.array([1.0, 1.5, np.nan])
+    assert rewards.is_flat_between(lowest, highest, 0.0).tolist() == [True, False, False]
+
+
 def test_is_flat_under_vmap():
     values = jnp.array([[1.0, 1.0, 5.0], [1.0, 1.0, 5.0]])
     where = jnp.array([[True, True, False], [True, False, True]])

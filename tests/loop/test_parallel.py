@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from lever_jax.errors import InputError
-from lever_jax.parallel import make_mesh, replicated, shardings
+from lever_jax.parallel import make_mesh, over_queries, replicated, shardings
 
 HERE = pathlib.Path(__file__).parent
 
@@ -49,3 +49,21 @@ def test_one_device_has_no_mesh():
     np.testing.assert_array_equal(placed, given)
     with pytest.raises(InputError, match="--data_parallel=some is not one of auto, off"):
         make_mesh("some")
+
+
+@pytest.mark.parametrize("count", [1, 7, 8, 9, 20])
+def test_over_queries_is_the_function_of_each_query(count):
+    rng = np.random.default_rng()
+    rows, pairs = rng.normal(size=(count, 3)), {"k": rng.integers(0, 9, (count, 2, 4))}
+    flags = rng.random(count) < 0.5
+
+    def one(row, pair, flag):
+        return {"sum": row.sum() + pair["k"].max(), "own": (pair["k"], ~flag)}
+
+    got = jax.jit(over_queries(one))(rows, pairs, flags)
+    for i in range(count):
+        wanted = one(rows[i], {"k": pairs["k"][i]}, flags[i])
+        np.testing.assert_allclose(got["sum"][i], wanted["sum"], rtol=1e-6, atol=1e-5)
+        np.testing.assert_array_equal(got["own"][0][i], wanted["own"][0])
+        assert got["own"][1][i] == wanted["own"][1]
+    assert {len(x) for x in jax.tree.leaves(got)} == {count}

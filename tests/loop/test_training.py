@@ -151,6 +151,8 @@ def test_the_average_is_that_of_all_steps_with_decaying_weights(make_world):
         seen.append(jax.tree.map(np.array, plain.params))
         for a, b in zip(jax.tree.leaves(averaged.params), jax.tree.leaves(plain.params)):
             np.testing.assert_allclose(a, b, atol=1e-6)  # the average trains nothing
+    moved = jax.tree.map(lambda a, b: np.abs(a - b).max(), seen[0], seen[-1])
+    assert max(jax.tree.leaves(moved)) > 1e-2  # far more than the tolerance below
     weights = 0.8 ** np.arange(4)[::-1]
     wanted = jax.tree.map(lambda *x: np.average(x, axis=0, weights=weights), *seen)
     for a, b in zip(jax.tree.leaves(averaged.evaluated), jax.tree.leaves(wanted)):

@@ -384,7 +384,7 @@ def test_results_do_not_depend_on_the_batch(selector, batch, over):
         np.testing.assert_array_equal(old[order], new)
 
 
-def test_nor_when_compiled_as_users_do():
+def test_results_do_not_depend_on_the_batch_as_users_compile_it():
     """The tests' own flags (see conftest.py) make other programs of the same functions."""
     test = f"{__file__}::{test_results_do_not_depend_on_the_batch.__name__}[over_queries]"
     done = subprocess.run(
