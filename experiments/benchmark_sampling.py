@@ -7,20 +7,20 @@ For every cell of the grid B, K, S, G and method, against
   batched, eager     all queries and beams at once, encoded once
   batched, compiled  the same through torch.compile; left out, saying so, without a C++ compiler
 The two networks' log-probabilities are compared first. The loop's time grows with the number of
-queries and nothing else, so it is measured on `--loop_queries` of them and scaled.
+queries and nothing else, so it is measured on `--loop_queries` of them and scaled. Where there is a
+GPU, all of them use it. The share of the roofline is what `experiments/roofline.py` says.
 """
 
 import functools
 import importlib.util
 import itertools
-import shutil
 
 from absl import flags
 
 from experiments import cli
 from experiments.output import check_out, write_out
 from experiments.progress import CONSOLE, note
-from experiments.side_by_side import machine, numbers, one_thread, ratio, timed
+from experiments.side_by_side import machine, no_compiler, numbers, one_device, ratio, timed
 from lever_jax.errors import InputError
 
 _B = flags.DEFINE_list("B", ["64"], "Queries of a batch.")
@@ -51,8 +51,8 @@ def main() -> None:
     check_out(_PLOT.value, "plot")
     if _PLOT.value and not importlib.util.find_spec("matplotlib"):
         raise InputError("--plot needs matplotlib; pip install 'lever[benchmark]'")
-    one_thread()
-    from experiments import sampling_cell
+    device = one_device()
+    from experiments import roofline, sampling_cell
 
     grid = [numbers(flag) for flag in (_B, _K, _S, _G)]
     methods = _METHODS.value
@@ -61,13 +61,12 @@ def main() -> None:
             raise InputError(
                 f"--methods: {method!r} is not one of {', '.join(sampling_cell.METHODS)}"
             )
-    compiled = _COMPILED.value
-    missing = None
-    if compiled and not shutil.which("g++") and not shutil.which("clang++"):
-        compiled, missing = False, "no C++ compiler (g++ or clang++) for torch.compile"
+    missing = no_compiler() if _COMPILED.value else None
+    if missing:
         note(f"without the compiled version: {missing}")
-    models = sampling_cell.Models(_DIM.value, _WIDTH.value, _LAYERS.value, _HEADS.value)
-    cells, worst = [], 0.0
+    compiled = _COMPILED.value and not missing
+    models = sampling_cell.Models(_DIM.value, _WIDTH.value, _LAYERS.value, _HEADS.value, device)
+    cells, worst, bounds = [], 0.0, roofline.measure(device)
     for (batch, pool, shots, num), method in itertools.product(itertools.product(*grid), methods):
         if shots > pool:
             raise InputError(f"--S={shots} exceeds --K={pool}; lower it")
@@ -80,7 +79,8 @@ def main() -> None:
         seconds = timed(competitors, _ROUNDS.value, label)
         if "loop" in seconds:
             seconds["loop"] = seconds["loop"] * (batch / min(batch, _LOOP_QUERIES.value))
-        cells.append(_cell(method, batch, pool, shots, num, seconds))
+        least = cell.work().least_seconds(bounds)
+        cells.append(_cell(method, batch, pool, shots, num, seconds, least))
         _show(cells[-1])
     document = {
         **machine(),
@@ -96,6 +96,7 @@ def main() -> None:
             }.items()
         },
         "compiled_left_out": missing,
+        "roofline": bounds._asdict(),
         "exactness": {"max_abs_logprob": worst},
         "cells": cells,
     }
@@ -104,8 +105,11 @@ def main() -> None:
         _plot(cells, _PLOT.value)
 
 
-def _cell(method, batch, pool, shots, num, seconds) -> dict:
-    """One entry of `cells`; a ratio above 1 says how many times faster ours is."""
+def _cell(method, batch, pool, shots, num, seconds, least) -> dict:
+    """One entry of `cells`; a ratio above 1 says how many times faster ours is.
+
+    `least` are the seconds that no program can do without.
+    """
     rates = {name: batch * num / values for name, values in seconds.items()}
     against = functools.partial(ratio, fast=seconds["ours"])
     names = {
@@ -131,6 +135,8 @@ def _cell(method, batch, pool, shots, num, seconds) -> dict:
         "ratio_min_max": {
             name: value and [value["min"], value["max"]] for name, value in summary.items()
         },
+        "least_seconds": least,
+        "share_of_roofline": ratio(least, seconds["ours"])["median"],
         "seconds": {name: values.tolist() for name, values in seconds.items()},
     }
 
@@ -139,6 +145,7 @@ def _show(cell: dict) -> None:
     parts = [f"{cell['pointers_per_s']:,.0f} pointers/s"]
     for name, (low, high) in ((n, r) for n, r in cell["ratio_min_max"].items() if r):
         parts.append(f"{name.removeprefix('ratio_')} {cell[name]:.1f}x ({low:.1f} to {high:.1f})")
+    parts.append(f"{cell['share_of_roofline']:.0%} of the roofline")
     CONSOLE.print(
         f"  {cell['method']:8} B={cell['B']} K={cell['K']} S={cell['S']} G={cell['G']}: "
         + ", ".join(parts)

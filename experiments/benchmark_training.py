@@ -2,20 +2,30 @@
 
     python -m experiments.benchmark_training --out=benchmarks/training.json
 
-Same weights, same groups, same thread. Before anything is timed, both take the first steps from
-the same start, and their losses and parameters are compared.
+Same weights, same groups, same thread, or the same GPU. Before anything is timed, both take the
+first steps from the same start, and their losses and parameters are compared. Beside each ratio
+stands the largest that any program could reach: what the rival took, divided by the least time of
+`experiments/roofline.py`.
 """
 
 import copy
 import itertools
-import shutil
 
 from absl import flags
 
 from experiments import cli
 from experiments.output import check_out, write_out
 from experiments.progress import CONSOLE, note
-from experiments.side_by_side import machine, numbers, one_thread, ratio, timed
+from experiments.side_by_side import (
+    compile_options,
+    finished,
+    machine,
+    no_compiler,
+    numbers,
+    one_device,
+    ratio,
+    timed,
+)
 from lever_jax.errors import InputError
 
 _B = flags.DEFINE_list("B", ["50"], "Query groups of a step.")
@@ -41,53 +51,77 @@ RATE = 1e-3
 def main() -> None:
     """Checks, times, prints and writes."""
     check_out(_OUT.value)
-    one_thread()
-    compiled, missing = _COMPILED.value, None
-    if compiled and not shutil.which("g++") and not shutil.which("clang++"):
-        compiled, missing = False, "no C++ compiler (g++ or clang++) for torch.compile"
+    device = one_device()
+    from experiments import roofline
+
+    missing = no_compiler() if _COMPILED.value else None
+    if missing:
         note(f"without the compiled version: {missing}")
+    compiled = _COMPILED.value and not missing
+    bounds = roofline.measure(device)
     cells, exactness = [], dict.fromkeys(_EXACTNESS, 0.0)
     for batch, pool, shots, group in itertools.product(*map(numbers, (_B, _K, _S, _G))):
         if shots > pool:
             raise InputError(f"--S={shots} exceeds --K={pool}; lower it")
-        competitors, apart = _competitors(batch, pool, shots, group, compiled)
+        competitors, apart, work = _competitors(batch, pool, shots, group, compiled, device)
         exactness = {name: max(exactness[name], apart[name]) for name in exactness}
         for run in competitors.values():
             run()
         seconds = timed(competitors, _ROUNDS.value, f"B={batch} K={pool} S={shots} G={group}")
-        ours = seconds["ours"]
-        cell = {
-            "B": batch,
-            "K": pool,
-            "S": shots,
-            "G": group,
-            "steps_per_s": ratio(1.0, ours)["median"],
-            "groups_per_s": ratio(batch, ours)["median"],
-            "ratio_eager": ratio(seconds["eager"], ours),
-            "ratio_compiled": ratio(seconds["compiled"], ours) if compiled else None,
-            "seconds": {name: values.tolist() for name, values in seconds.items()},
-        }
-        cells.append(cell)
-        shown = {n: cell[f"ratio_{n}"] for n in ("eager", "compiled") if cell[f"ratio_{n}"]}
-        CONSOLE.print(
-            f"  B={batch} K={pool} S={shots} G={group}: {cell['steps_per_s']:.1f} steps/s, "
-            + ", ".join(
-                f"{n} {r['median']:.2f}x ({r['min']:.2f} to {r['max']:.2f})"
-                for n, r in shown.items()
-            )
-        )
+        sizes = {"B": batch, "K": pool, "S": shots, "G": group}
+        cells.append(_cell(sizes, seconds, work.least_seconds(bounds)))
+        _show(cells[-1])
     document = {
         **machine(),
         "config": {f.name: f.value for f in (_DIM, _WIDTH, _LAYERS, _HEADS, _ROUNDS)},
         "compiled_left_out": missing,
+        "roofline": bounds._asdict(),
         "exactness": exactness,
         "cells": cells,
     }
     write_out(_OUT.value, document)
 
 
-def _competitors(batch: int, pool: int, shots: int, group: int, compiled: bool):
-    """Functions that take one step each, and how far the first three steps differ.
+def _cell(sizes, seconds, least) -> dict:
+    """One entry of `cells`; a ratio above 1 says how many times faster ours is.
+
+    `least` are the seconds that no program can do without, so `limit` is the ratio of the fastest.
+    """
+    ours, rivals = seconds["ours"], ("eager", "compiled")
+    return {
+        **sizes,
+        "steps_per_s": ratio(1.0, ours)["median"],
+        "groups_per_s": ratio(sizes["B"], ours)["median"],
+        **{
+            f"ratio_{name}": {
+                **ratio(seconds[name], ours),
+                "limit": ratio(seconds[name], least)["median"],
+            }
+            if name in seconds
+            else None
+            for name in rivals
+        },
+        "least_seconds": least,
+        "share_of_roofline": ratio(least, ours)["median"],
+        "seconds": {name: values.tolist() for name, values in seconds.items()},
+    }
+
+
+def _show(cell: dict) -> None:
+    parts = [f"{cell['steps_per_s']:.1f} steps/s"]
+    for name in ("eager", "compiled"):
+        if shown := cell[f"ratio_{name}"]:
+            parts.append(
+                f"{name} {shown['median']:.2f}x ({shown['min']:.2f} to {shown['max']:.2f}, "
+                f"at most {shown['limit']:.1f})"
+            )
+    parts.append(f"{cell['share_of_roofline']:.0%} of the roofline")
+    sizes = " ".join(f"{name}={cell[name]}" for name in "BKSG")
+    CONSOLE.print(f"  {sizes}: " + ", ".join(parts))
+
+
+def _competitors(batch: int, pool: int, shots: int, group: int, compiled: bool, device):
+    """Functions that take one step each, how far the first three differ, and a step's work.
 
     Raises:
       InputError: they differ by more than rounding explains.
@@ -97,12 +131,13 @@ def _competitors(batch: int, pool: int, shots: int, group: int, compiled: bool):
     import optax
     import torch
 
+    from experiments.roofline import work_of
     from experiments.sampling_cell import Models
     from experiments.torch_selector import from_flax
     from experiments.torch_training import grpo_step
     from lever_jax.training import GroupBatch, LossConfig, PoolTable, init_state, make_step
 
-    models = Models(_DIM.value, _WIDTH.value, _LAYERS.value, _HEADS.value)
+    models = Models(_DIM.value, _WIDTH.value, _LAYERS.value, _HEADS.value, device)
     query, embeddings, mask = models.batch(batch, pool)
     rng = np.random.default_rng(2)
     pointers = np.array(
@@ -112,7 +147,7 @@ def _competitors(batch: int, pool: int, shots: int, group: int, compiled: bool):
     counted = rng.random((batch, group)) < 0.9
     counted[:, :2] = True
     with torch.no_grad():
-        tensors = [torch.from_numpy(x) for x in (query, embeddings, mask, pointers.astype(int))]
+        tensors = models.tensors(query, embeddings, mask, pointers.astype(int))
         behaviour = models.torch.pointer_log_probs(*tensors)[0]
     config = LossConfig()
 
@@ -123,29 +158,30 @@ def _competitors(batch: int, pool: int, shots: int, group: int, compiled: bool):
         jax.numpy.arange(batch, dtype=np.uint32),
     )
     groups = GroupBatch(
-        np.arange(batch, dtype=np.int32), pointers, rewards, behaviour.numpy(), counted
+        np.arange(batch, dtype=np.int32), pointers, rewards, behaviour.cpu().numpy(), counted
     )
     optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(RATE, weight_decay=1e-4))
     our_step = make_step("grpo", models.policy, optimizer, config)
+    work = work_of(our_step, init_state(models.params, optimizer), models.params, table, groups)
     holder = {"state": init_state(models.params, optimizer)}
 
     def ours():
         holder["state"], metrics = our_step(holder["state"], models.params, table, groups)
         return float(jax.block_until_ready(metrics)["loss"])
 
-    batch_of_torch = (*tensors, behaviour, torch.from_numpy(rewards), torch.from_numpy(counted))
+    batch_of_torch = (*tensors, behaviour, *models.tensors(rewards, counted))
 
-    def theirs(compiled):
+    def theirs(options):
         model = copy.deepcopy(models.torch).train()
         adamw = torch.optim.AdamW(model.parameters(), RATE, weight_decay=1e-4, foreach=True)
-        step = grpo_step(model, models.torch, adamw, config, compiled)
-        return model, lambda: float(step(*batch_of_torch))
+        step = grpo_step(model, models.torch, adamw, config, options)
+        return model, finished(lambda: float(step(*batch_of_torch)), device)
 
-    model, eager = theirs(False)
+    model, eager = theirs(None)
     apart = [abs(ours() - eager()) for _ in range(3)]
     trained = from_flax(models.config, models.parts, holder["state"].params)
     worst = max(
-        float((a - b).detach().abs().max())
+        float((a - b.cpu()).detach().abs().max())
         for a, b in zip(trained.parameters(), model.parameters())
     )
     # Before the first update both have the same weights; then Adam moves weights whose gradient is
@@ -155,8 +191,8 @@ def _competitors(batch: int, pool: int, shots: int, group: int, compiled: bool):
     competitors = {"ours": ours, "eager": eager}
     if compiled:
         torch.compiler.reset()
-        competitors["compiled"] = theirs(True)[1]
-    return competitors, dict(zip(_EXACTNESS, (apart[0], max(apart), worst)))
+        competitors["compiled"] = theirs(compile_options(device))[1]
+    return competitors, dict(zip(_EXACTNESS, (apart[0], max(apart), worst))), work
 
 
 if __name__ == "__main__":

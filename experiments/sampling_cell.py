@@ -8,6 +8,8 @@ import numpy as np
 import torch
 
 from experiments import torch_samplers
+from experiments.roofline import Work, work_of
+from experiments.side_by_side import compile_options, finished
 from experiments.torch_selector import from_flax
 from lever_jax import sampling
 from lever_jax.errors import InputError
@@ -18,6 +20,8 @@ from lever_jax.types import CandidatePool
 
 MIXTURE = {"retrieval": 4, "beam": 16, "sbs": 24, "top_p": 8, "random": 12}
 """Shares of a group; a local search, which needs scores, is not timed."""
+
+_CPU = torch.device("cpu")
 
 METHODS = (*torch_samplers.METHODS, "sbs", "random", "mixture")
 
@@ -30,9 +34,11 @@ class Models:
       width: of the selector.
       layers: of its set encoder.
       heads: of each layer.
+      device: of the PyTorch selector.
     """
 
-    def __init__(self, dim: int, width: int, layers: int, heads: int):
+    def __init__(self, dim: int, width: int, layers: int, heads: int, device: torch.device = _CPU):
+        self.device = device
         third = dim // 3
         names = ("image", "question", "answer")
         self.parts = {n: (i * third, (i + 1) * third) for i, n in enumerate(names)}
@@ -44,7 +50,7 @@ class Models:
         self.params = jax.tree.map(
             lambda x: x + 0.1 * rng.standard_normal(x.shape, np.float32), params
         )
-        self.torch = from_flax(self.config, self.parts, self.params).eval()
+        self.torch = from_flax(self.config, self.parts, self.params).eval().to(device)
 
     def batch(self, queries: int, pool: int, seed: int = 0):
         """Random embeddings [B, D] and [B, K, D] and a mask of full pools."""
@@ -53,6 +59,10 @@ class Models:
         query[:, self.parts["answer"][0] :] = 0.0
         embeddings = rng.standard_normal((queries, pool, self.dim), np.float32)
         return query, embeddings, np.ones((queries, pool), bool)
+
+    def tensors(self, *arrays) -> list[torch.Tensor]:
+        """Arrays where the PyTorch selector is."""
+        return [torch.from_numpy(x).to(self.device) for x in arrays]
 
 
 class Cell:
@@ -71,7 +81,7 @@ class Cell:
         self._models, self._method = models, method
         self._shots, self._num = shots, num
         self._arrays = models.batch(batch, pool)
-        self._tensors = [torch.from_numpy(x) for x in self._arrays]
+        self._tensors = models.tensors(*self._arrays)
 
     def difference(self) -> float:
         """Largest difference of the two networks' log-probabilities of the same pointers.
@@ -93,8 +103,8 @@ class Cell:
             return pointer_log_probs(models.policy, models.params, encoding, mask, pointers)[0]
 
         with torch.no_grad():
-            tensors = [torch.from_numpy(x) for x in (query, embeddings, mask, pointers)]
-            theirs = models.torch.pointer_log_probs(*tensors)[0].numpy()
+            tensors = models.tensors(query, embeddings, mask, pointers)
+            theirs = models.torch.pointer_log_probs(*tensors)[0].cpu().numpy()
         worst = float(np.abs(theirs - np.asarray(ours(query, embeddings, mask, pointers))).max())
         if worst > 1e-3:
             raise InputError(f"the two selectors' log-probabilities differ by {worst:.1e}")
@@ -106,34 +116,44 @@ class Cell:
         if self._method not in torch_samplers.METHODS:
             return runs
         options = {"method": self._method, "num": self._num, "shots": self._shots}
-        model, tensors = self._models.torch, self._tensors
+        model, tensors, device = self._models.torch, self._tensors, self._models.device
         batched = functools.partial(torch_samplers.batched, model, **options)
-        runs["eager"] = lambda: batched(*tensors)
+        runs["eager"] = finished(lambda: batched(*tensors), device)
         if compiled:
             torch.compiler.reset()
-            whole = torch.compile(batched, dynamic=False)
-            runs["compiled"] = lambda: whole(*tensors)
+            whole = torch.compile(batched, **compile_options(device))
+            runs["compiled"] = finished(lambda: whole(*tensors), device)
         if loop_queries:
             rows = range(min(loop_queries, len(tensors[0])))
             single = [[x[row : row + 1] for x in tensors] for row in rows]
-            runs["loop"] = lambda: [torch_samplers.loop(model, *one, **options) for one in single]
+            runs["loop"] = finished(
+                lambda: [torch_samplers.loop(model, *one, **options) for one in single], device
+            )
         return runs
 
+    def work(self) -> Work:
+        """What nobody can save who draws from this selector."""
+        return work_of(self._draws(jax.vmap), *self._arguments())
+
     def _ours(self):
-        models, key = self._models, jax.random.key(0)
+        run, arguments = jax.jit(self._draws(over_queries)), self._arguments()
+        return lambda: jax.block_until_ready(run(*arguments))
+
+    def _draws(self, lift):
+        """(params, key, ids, queries, embeddings, masks) -> the draws of all queries."""
+
+        def draws(params, key, *batch):
+            return lift(functools.partial(self._one, params, key))(*batch)
+
+        return draws
+
+    def _arguments(self):
         arrays = [jnp.asarray(x) for x in self._arrays]
-        ids = jnp.arange(len(arrays[0]))
+        return self._models.params, jax.random.key(0), jnp.arange(len(arrays[0])), *arrays
 
-        @jax.jit
-        def run(params, key, ids, query, embeddings, mask):
-            def one(query_id, query, embeddings, mask):
-                encoding = models.policy.encode(params, query, CandidatePool(embeddings, mask))
-                own = jax.random.fold_in(key, query_id)
-                return self._draw(params, own, encoding, mask)
-
-            return over_queries(one)(ids, query, embeddings, mask)
-
-        return lambda: jax.block_until_ready(run(models.params, key, ids, *arrays))
+    def _one(self, params, key, query_id, query, embeddings, mask):
+        encoding = self._models.policy.encode(params, query, CandidatePool(embeddings, mask))
+        return self._draw(params, jax.random.fold_in(key, query_id), encoding, mask)
 
     def _draw(self, params, key, encoding, mask):
         policy, rows = self._models.policy, {"num": self._num, "shots": self._shots}

@@ -7,6 +7,7 @@ which other processes cannot lengthen; on a GPU they are those of the clock.
 
 import os
 import platform
+import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
 
@@ -18,14 +19,54 @@ from experiments.progress import bar
 from lever_jax.errors import InputError
 
 
-def one_thread() -> None:
-    """Keeps this process on one core, and PyTorch in one thread. To be called before JAX is used.
+def one_device() -> torch.device:
+    """The GPU for both, or else one core for this process. To be called before JAX is used.
 
     JAX has a thread for each core that it may run on when it is first used.
+
+    Returns:
+      Where PyTorch competes, which is where JAX computes.
+
+    Raises:
+      InputError: one of the two sees a GPU and the other does not.
     """
-    cores = os.sched_getaffinity(0)
-    os.sched_setaffinity(0, {max(cores)})
+    gpu = torch.cuda.is_available()
+    if not gpu:
+        os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
     torch.set_num_threads(1)
+    if gpu != (jax.default_backend() == "gpu"):
+        raise InputError(
+            f"JAX computes on a {jax.default_backend()}, PyTorch on a {'gpu' if gpu else 'cpu'}: "
+            "give both the GPU (pip install 'lever[cuda12]', and a PyTorch built for CUDA), or "
+            "neither (CUDA_VISIBLE_DEVICES= JAX_PLATFORMS=cpu before the command)"
+        )
+    return torch.device("cuda" if gpu else "cpu")
+
+
+def finished(run: Callable[[], object], device: torch.device) -> Callable[[], object]:
+    """PyTorch's `run`, returning when the device has done it, as ours do."""
+    if device.type == "cpu":
+        return run
+
+    def whole():
+        result = run()
+        torch.cuda.synchronize(device)
+        return result
+
+    return whole
+
+
+def compile_options(device: torch.device) -> dict[str, object]:
+    """How a PyTorch user would compile for speed: on a GPU as one graph, launched at once."""
+    mode = {"mode": "reduce-overhead"} if device.type == "cuda" else {}
+    return {"dynamic": False, **mode}
+
+
+def no_compiler() -> str | None:
+    """Why torch.compile cannot work here; None where it can."""
+    if shutil.which("g++") or shutil.which("clang++"):
+        return None
+    return "no C++ compiler (g++ or clang++) for torch.compile"
 
 
 def numbers(flag) -> list[int]:

@@ -57,7 +57,7 @@ def _beam(model, encoding, mask, num, shots, _):
     size = mask.shape[1]
     state, available = encoding.start[:, None], mask[:, None]
     total = torch.zeros_like(state[..., 0])
-    pointers = torch.empty((len(mask), 1, 0), dtype=torch.int64)
+    pointers = torch.empty((len(mask), 1, 0), dtype=torch.int64, device=mask.device)
     for shot in range(shots):
         scores = (total[..., None] + model.step_log_probs(encoding, state, available)).flatten(1)
         kept = min(num, scores.shape[1])
@@ -122,6 +122,6 @@ def _next(model, query, embeddings, mask, prefix):
     encoding = model.encode(query, embeddings, mask)
     state, available = encoding.start[:, None], mask[:, None].clone()
     for action in prefix:
-        state = model.update(encoding, state, torch.tensor([[action]]))
+        state = model.update(encoding, state, torch.tensor([[action]], device=mask.device))
         available[..., action] = False
     return model.step_log_probs(encoding, state, available)[0, 0]

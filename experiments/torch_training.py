@@ -11,12 +11,13 @@ def grpo_step(
     reference: TorchSelector,
     optimizer: torch.optim.Optimizer,
     config: LossConfig,
-    compiled: bool = False,
+    compile_options: dict[str, object] | None = None,
 ):
     """Returns step(query, embeddings, mask, pointers, behaviour, rewards, counted) -> loss.
 
     The group advantage, the clipped ratio, the exact KL to `reference` and the clipped gradient
-    norm are those of our step; the optimiser's rate is what the caller set.
+    norm are those of our step; the optimiser's rate is what the caller set. With options of
+    `torch.compile` the loss is compiled, and so its backward pass.
     """
 
     def loss_of(query, embeddings, mask, pointers, behaviour, rewards, counted):
@@ -37,7 +38,7 @@ def grpo_step(
         kl = (terms.sum(1) / number[:, 0] * present).sum() / present.sum().clamp(min=1)
         return loss + config.kl_coef * kl, loss
 
-    forward = torch.compile(loss_of, dynamic=False) if compiled else loss_of
+    forward = loss_of if compile_options is None else torch.compile(loss_of, **compile_options)
 
     def step(*batch):
         optimizer.zero_grad(set_to_none=True)

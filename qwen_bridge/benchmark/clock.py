@@ -1,13 +1,13 @@
 """How time, memory and the machine's peak are measured, on a CPU and on a GPU."""
 
 import gc
+import importlib.metadata
 import platform
 import resource
 import time
 from collections.abc import Callable
 
 import torch
-import transformers
 
 _PEAK_SIZE = {"cpu": 1536, "cuda": 8192}  # side of the matrices
 _PEAK_REPEATS = 5
@@ -74,7 +74,7 @@ def versions() -> dict[str, str]:
     found = {
         "python": platform.python_version(),
         "torch": torch.__version__,
-        "transformers": transformers.__version__,
+        "transformers": importlib.metadata.version("transformers"),
     }
     if torch.version.cuda:
         found["cuda"] = torch.version.cuda

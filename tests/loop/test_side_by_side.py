@@ -12,7 +12,9 @@ from main_job import ROOT
 
 from experiments import torch_samplers
 from experiments.sampling_cell import METHODS, Cell, Models
+from experiments.side_by_side import one_device
 from lever_jax import sampling
+from lever_jax.errors import InputError
 from lever_jax.policy import pointer_log_probs
 from lever_jax.types import CandidatePool
 
@@ -102,17 +104,55 @@ def test_a_cell_runs_for_every_method(models, method):
         assert run() is not None
 
 
+SMALL = "--B=4 --K=7 --S=2 --G=5 --dim=12 --width=8 --heads=2 --rounds=2 --nocompiled".split()
+
+
+def run_benchmark(name, *options):
+    """What `python -m experiments.NAME` prints, and its exit status."""
+    done = subprocess.run(
+        [sys.executable, "-m", f"experiments.{name}", *SMALL, *options],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    return done.stdout + done.stderr, done.returncode
+
+
+def test_the_sampling_benchmark_writes_what_it_says(tmp_path):
+    out = tmp_path / "sampling.json"
+    printed, status = run_benchmark(
+        "benchmark_sampling", f"--out={out}", "--methods=beam,sbs", "--loop_queries=1"
+    )
+    assert status == 0, printed
+    document = json.loads(out.read_text())
+    assert document["exactness"]["max_abs_logprob"] < 1e-4
+    assert document["roofline"]["flops"] > 0
+    beam, sbs = document["cells"]
+    assert beam["ratio_loop"] > beam["ratio_batched_eager"] > 0
+    assert beam["ratio_batched_compiled"] is None
+    assert sbs["ratio_loop"] is None  # PyTorch has no form of it
+    for cell in (beam, sbs):
+        assert 0 < cell["least_seconds"] < min(cell["seconds"]["ours"])
+        assert 0 < cell["share_of_roofline"] < 1
+        assert f"{cell['share_of_roofline']:.0%} of the roofline" in printed
+
+
+def test_a_gpu_that_one_of_the_two_lacks_is_named(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch, "set_num_threads", lambda count: None)
+    with pytest.raises(InputError, match=r"JAX computes on a cpu, PyTorch on a gpu.*cuda12"):
+        one_device()
+
+
 def test_the_training_steps_agree_and_the_benchmark_writes_what_it_says(tmp_path):
     out = tmp_path / "training.json"
-    sizes = "--B=4 --K=7 --S=2 --G=5 --dim=12 --width=8 --heads=2 --rounds=2 --nocompiled"
-    command = [sys.executable, "-m", "experiments.benchmark_training", *sizes.split()]
-    done = subprocess.run(
-        [*command, f"--out={out}"], cwd=ROOT, capture_output=True, text=True, timeout=300
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
+    printed, status = run_benchmark("benchmark_training", f"--out={out}")
+    assert status == 0, printed
     document = json.loads(out.read_text())
     assert document["exactness"]["max_abs_loss_of_first_step"] < 1e-5
     (cell,) = document["cells"]
     assert cell["ratio_eager"]["min"] <= cell["ratio_eager"]["median"] <= cell["ratio_eager"]["max"]
+    assert cell["ratio_eager"]["limit"] > cell["ratio_eager"]["median"]
     assert cell["ratio_compiled"] is None
     assert len(cell["seconds"]["ours"]) == 2
