@@ -66,7 +66,7 @@ def main() -> None:
         note(f"without the compiled version: {missing}")
     compiled = _COMPILED.value and not missing
     models = sampling_cell.Models(_DIM.value, _WIDTH.value, _LAYERS.value, _HEADS.value, device)
-    cells, worst, bounds = [], 0.0, roofline.measure(device)
+    cells, worst = [], 0.0
     for (batch, pool, shots, num), method in itertools.product(itertools.product(*grid), methods):
         if shots > pool:
             raise InputError(f"--S={shots} exceeds --K={pool}; lower it")
@@ -79,8 +79,10 @@ def main() -> None:
         seconds = timed(competitors, _ROUNDS.value, label)
         if "loop" in seconds:
             seconds["loop"] = seconds["loop"] * (batch / min(batch, _LOOP_QUERIES.value))
+        bounds = roofline.measure(device)
         least = cell.work().least_seconds(bounds)
         cells.append(_cell(method, batch, pool, shots, num, seconds, least))
+        cells[-1]["machine"] = bounds._asdict()
         _show(cells[-1])
     document = {
         **machine(),
@@ -96,7 +98,6 @@ def main() -> None:
             }.items()
         },
         "compiled_left_out": missing,
-        "roofline": bounds._asdict(),
         "exactness": {"max_abs_logprob": worst},
         "cells": cells,
     }

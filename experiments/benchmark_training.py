@@ -58,7 +58,6 @@ def main() -> None:
     if missing:
         note(f"without the compiled version: {missing}")
     compiled = _COMPILED.value and not missing
-    bounds = roofline.measure(device)
     cells, exactness = [], dict.fromkeys(_EXACTNESS, 0.0)
     for batch, pool, shots, group in itertools.product(*map(numbers, (_B, _K, _S, _G))):
         if shots > pool:
@@ -69,13 +68,14 @@ def main() -> None:
             run()
         seconds = timed(competitors, _ROUNDS.value, f"B={batch} K={pool} S={shots} G={group}")
         sizes = {"B": batch, "K": pool, "S": shots, "G": group}
+        bounds = roofline.measure(device)
         cells.append(_cell(sizes, seconds, work.least_seconds(bounds)))
+        cells[-1]["machine"] = bounds._asdict()
         _show(cells[-1])
     document = {
         **machine(),
         "config": {f.name: f.value for f in (_DIM, _WIDTH, _LAYERS, _HEADS, _ROUNDS)},
         "compiled_left_out": missing,
-        "roofline": bounds._asdict(),
         "exactness": exactness,
         "cells": cells,
     }

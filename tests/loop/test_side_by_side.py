@@ -127,7 +127,6 @@ def test_the_sampling_benchmark_writes_what_it_says(tmp_path):
     assert status == 0, printed
     document = json.loads(out.read_text())
     assert document["exactness"]["max_abs_logprob"] < 1e-4
-    assert document["roofline"]["flops"] > 0
     beam, sbs = document["cells"]
     assert beam["ratio_loop"] > beam["ratio_batched_eager"] > 0
     assert beam["ratio_batched_compiled"] is None
@@ -135,6 +134,7 @@ def test_the_sampling_benchmark_writes_what_it_says(tmp_path):
     for cell in (beam, sbs):
         assert 0 < cell["least_seconds"] < min(cell["seconds"]["ours"])
         assert 0 < cell["share_of_roofline"] < 1
+        assert cell["machine"]["flops"] > 0
         assert f"{cell['share_of_roofline']:.0%} of the roofline" in printed
 
 
