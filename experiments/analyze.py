@@ -49,14 +49,14 @@ def main():
             raise InputError(
                 "--ceiling_queries asks a VLM, which --rl_json has not; give a workdir"
             )
-        configs.check()
+        configs.check(scoring=False)
         stage(f"analyze {RL_JSON.value}")
         result = analyze_file(RL_JSON.value, POINTERS_ARE.value)
         folder, workdir, dataset = pathlib.Path(f"{RL_JSON.value}.analysis"), None, None
     else:
         workdir = folder = pathlib.Path(settings.WORKDIR.value)
         run_folder.adopt_flags(workdir)
-        configs.check()
+        configs.check(scoring=CEILING_QUERIES.value > 0)
         stage(f"analyze {workdir}")
         dataset = open_dataset(configs.dataset_settings())
         if CEILING_QUERIES.value:

@@ -121,13 +121,14 @@ def _format_and_roles() -> tuple[str, list[str]]:
     """Which format, and which of the splits, the flags ask for; complete or refused."""
     lines = [role for role in ROLES if _flag(role, "jsonl")]
     documents = [role for role in ROLES if _flag(role, "questions") or _flag(role, "annotations")]
-    if lines and documents:
-        raise InputError(
-            f"--{lines[0]}_jsonl and --{documents[0]}_questions are two formats; give one"
-        )
     format = "jsonl" if lines else "official"
     if flags.FLAGS["dataset"].present:
         format = settings.DATASET.value
+    elif lines and documents:
+        raise InputError(
+            f"--{lines[0]}_jsonl and --{documents[0]}_questions are two formats; give one, or say "
+            "which by --dataset"
+        )
     if format not in ("official", "jsonl"):
         raise InputError(f"--dataset={format} reads no files, so there is nothing to check")
     roles = lines if format == "jsonl" else documents

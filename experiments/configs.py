@@ -1,5 +1,6 @@
 """The configs that the flags of `settings.py` make, each checked as it is made."""
 
+import itertools
 import math
 import os
 import pathlib
@@ -17,11 +18,24 @@ from lever_jax.training import LossConfig
 from qwen_bridge.adapters import check_adapter
 from qwen_bridge.engine import Engine, LocalEngine
 from qwen_bridge.grids import check_pixels
+from qwen_bridge.placement import check_device
 from qwen_bridge.ray_cluster import RayEngine
 
+EMBEDDED = "embedded"
+"""What `--model` calls the checkpoint that comes with the project."""
 
-def check() -> None:
-    """Builds every config once, so that a wrong flag is found before anything is computed."""
+
+def check(*, scoring: bool = True) -> None:
+    """Builds every config once, so that a wrong flag is found before anything is computed.
+
+    Args:
+      scoring: whether the VLM will be asked anything.
+
+    Raises:
+      InputError: a flag is wrong, or does not fit another.
+    """
+    if scoring:
+        _check_model()
     for make in (
         evaluation_config,
         worker_settings,
@@ -128,6 +142,7 @@ def evaluated_decodings() -> tuple[str, ...]:
 def dataset_settings() -> dict:
     """What `open_dataset` takes, for driver and workers alike."""
     if settings.DATASET.value == "digits":
+        _check_no_files()
         return {
             "kind": "digits",
             "seed": settings.WORLD_SEED.value,
@@ -157,6 +172,32 @@ def dataset_settings() -> dict:
     }
 
 
+def model() -> str:
+    """The checkpoint, as `--model`; empty for the embedded one."""
+    return "" if settings.MODEL.value == EMBEDDED else settings.MODEL.value
+
+
+def _check_model() -> None:
+    """Refuses to show the embedded VLM other pictures than its own, unless it is asked for."""
+    data = settings.DATASET.value
+    if not settings.MODEL.value and data != "digits":
+        raise InputError(
+            f"--dataset={data} needs --model: a Qwen2.5-VL folder or hub id (--model=embedded is "
+            "the small one that comes with the project and has seen digits only)"
+        )
+
+
+def _check_no_files() -> None:
+    """Refuses files of data beside --dataset=digits: the run would not read them."""
+    formats = {"jsonl": "jsonl", "questions": "official", "annotations": "official"}
+    for split, (what, kind) in itertools.product(("bank", "query"), formats.items()):
+        if settings.FLAGS[f"{split}_{what}"].value:
+            raise InputError(
+                f"--{split}_{what} is given, but --dataset=digits has data of its own; add "
+                f"--dataset={kind}"
+            )
+
+
 def worker_settings() -> dict:
     """What a worker is built from."""
     encoder, folder = settings.ENCODER.value, settings.ENCODER_MODEL.value
@@ -173,7 +214,7 @@ def worker_settings() -> dict:
         check_adapter(pathlib.Path(settings.ADAPTER.value))
     return {
         "dataset": dataset_settings(),
-        "model": settings.MODEL.value,
+        "model": model(),
         "adapter": settings.ADAPTER.value,
         "device": settings.DEVICE.value,
         "dtype": settings.DTYPE.value,
@@ -207,10 +248,16 @@ def engine() -> Engine:
     """Where workers live."""
     workers, threads = settings.WORKERS.value, settings.THREADS.value
     gpus, device = settings.GPUS_PER_WORKER.value, settings.DEVICE.value
+    check_device(device)
     if settings.ENGINE.value == "local":
         rays = (settings.GPUS_PER_WORKER, settings.RAY_ADDRESS)
         if any(flag.value != flag.default for flag in rays):
             raise InputError("--ray_address and --gpus_per_worker need --engine=ray")
+        if workers != 1 and device not in ("cpu", "auto", "cuda"):
+            raise InputError(
+                f"--device={device} puts all --workers={workers} on one GPU; --device=cuda deals "
+                "them to all, and CUDA_VISIBLE_DEVICES says which there are"
+            )
         return LocalEngine(fixed_workers(), threads)
     if re.fullmatch(r"cuda:\d+", device):
         raise InputError(f"--device={device}: Ray deals the GPUs; use --device=cuda or auto")

@@ -44,10 +44,12 @@ AS = flags.DEFINE_enum(
 def main():
     if not RL_JSON.value:
         raise InputError("--rl_json is missing; name the file to import")
+    if not pathlib.Path(RL_JSON.value).is_file():
+        raise InputError(f"--rl_json={RL_JSON.value} is not a file; name the file to import")
     workdir = run_folder.make_workdir()
     if (workdir / "flags.txt").exists():
         run_folder.adopt_flags(workdir)
-    configs.check()
+    configs.check(scoring=False)
     if AS.value == "mined":
         _join_store(workdir)
     else:

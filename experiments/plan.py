@@ -65,7 +65,7 @@ def make_plan(
     `look`; `selectors` is how many `evaluate` has.
     """
     data = planned_data(look=look)
-    model = settings.MODEL.value
+    model = configs.model()
     shape, bounds = _model(model)
     grids = [_grid(shape, size, bounds) for size in data.image_sizes]
     tokens = statistics.fmean(h * w for h, w in grids) / shape.vision.merge**2
@@ -93,7 +93,7 @@ def make_plan(
     )
     return {
         "model": {
-            "name": model or "embedded",
+            "name": model or configs.EMBEDDED,
             "parameters": shape.parameters,
             "bytes_per_value": pricer.value_bytes,
             "kv_bytes_per_token": shape.kv_values * pricer.value_bytes,

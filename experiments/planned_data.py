@@ -20,6 +20,7 @@ from qwen_bridge.vqa.records import open_bytes
 
 ASSUMED_SIZE = (640, 480)  # of most MS COCO pictures
 SAMPLED = 64
+_FILES = {"official": "bank_questions", "jsonl": "bank_jsonl"}
 _SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
 _IMAGE_ID = re.compile(rb'"image_id"\s*:\s*("[^"]*"|\d+)')
 _QUESTION_ID = re.compile(rb'"question_id"\s*:')
@@ -46,7 +47,8 @@ def planned_data(*, look: bool = True) -> PlannedData:
     """Looks at the data that the flags name.
 
     Args:
-      look: for images; otherwise their usual size is assumed even where there are some.
+      look: for files; otherwise the flags' numbers and the usual size of images are taken even
+        where there are some.
 
     Raises:
       InputError: the bank's files are not there and --plan_bank does not say how large it is.
@@ -55,11 +57,18 @@ def planned_data(*, look: bool = True) -> PlannedData:
     if kind == "digits":
         size = settings.BANK_SIZE.value
         return PlannedData(size, size, ((PICTURE_SIZE, PICTURE_SIZE),), ())
-    bank, images = settings.PLAN_BANK.value, settings.PLAN_BANK_IMAGES.value
-    if bank is None:
-        bank, counted = _count(kind)
-        images = images or counted
-    images = min(images or bank, bank)
+    path = pathlib.Path(settings.FLAGS[_FILES[kind]].value)
+    if path.is_file() and (look or not settings.PLAN_BANK.value):
+        bank, images = _count(kind, path)
+    elif settings.PLAN_BANK.value:
+        bank, images = settings.PLAN_BANK.value, settings.PLAN_BANK_IMAGES.value
+        images = min(images or bank, bank)
+        assumptions.append(f"a bank of {bank:,}, as --plan_bank says: {path} is not there")
+    else:
+        raise InputError(
+            f"--plan: --{_FILES[kind]}={path} is not there to be counted; give --plan_bank=N, or "
+            "the file"
+        )
     if settings.MAX_BANK.value is not None and settings.MAX_BANK.value < bank:
         bank = settings.MAX_BANK.value
         images = min(images, bank)
@@ -90,24 +99,33 @@ def sample_sizes(folder: pathlib.Path, seed: int = 0) -> tuple[tuple[int, int], 
     return tuple(sizes)
 
 
-def _count(kind: str) -> tuple[int, int]:
-    """Demonstrations and distinct images of the bank's file."""
-    flag = "bank_questions" if kind == "official" else "bank_jsonl"
-    path = settings.FLAGS[flag].value
-    if not pathlib.Path(path).is_file():
+def _image_of(line: bytes, place: str) -> str:
+    try:
+        image = json.loads(line)["image"]
+    except (ValueError, KeyError, TypeError, RecursionError):
+        image = None
+    if not isinstance(image, str):
         raise InputError(
-            f"--plan: --{flag}={path} is not there to be counted; give --plan_bank=N, or the file"
+            f"{place} is no example with a text 'image'; experiments.check_data lists all that is "
+            "wrong"
         )
+    return image
+
+
+def _count(kind: str, path: pathlib.Path) -> tuple[int, int]:
+    """Demonstrations and distinct images of the bank's file."""
+    flag = _FILES[kind]
     with open_bytes(flag, path) as stream:
         if kind == "official":
             content = stream.read()
             questions = len(_QUESTION_ID.findall(content))
             images = len(set(_IMAGE_ID.findall(content)))
         else:
-            try:
-                names = [json.loads(line)["image"] for line in stream if line.strip()]
-            except (ValueError, KeyError, TypeError) as error:
-                raise InputError(f"--{flag}={path}: a line is no example ({error})") from None
+            names = [
+                _image_of(line, f"--{flag}={path}:{number}")
+                for number, line in enumerate(stream, 1)
+                if line.strip()
+            ]
             questions, images = len(names), len(set(names))
     if not questions:
         raise InputError(f"--{flag}={path} holds no questions")

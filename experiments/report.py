@@ -23,7 +23,7 @@ COMPARE = flags.DEFINE_string("compare", None, "Workdir of a run to stand beside
 def main():
     workdir = pathlib.Path(settings.WORKDIR.value)
     run_folder.adopt_flags(workdir)
-    configs.check()
+    configs.check(scoring=False)
     other = pathlib.Path(COMPARE.value) if COMPARE.value else None
     if other is not None and not (other / "flags.txt").is_file():
         raise InputError(f"--compare={other} holds no run (no flags.txt); name a workdir")

@@ -111,7 +111,7 @@ def open_session(workdir: pathlib.Path) -> Iterator[Session]:
                 # Resolved here, once: workers must not download the same files at the same time.
                 {
                     **configs.absolute_worker_settings(),
-                    "model": resolve_model(settings.MODEL.value),
+                    "model": resolve_model(configs.model()),
                 },
                 engine=configs.engine(),
                 deadline_s=settings.DEADLINE_S.value,
@@ -119,6 +119,8 @@ def open_session(workdir: pathlib.Path) -> Iterator[Session]:
             )
         )
         hello = environment.hello
+        name = configs.model() or configs.EMBEDDED
+        note(f"VLM: {name}, {_places(environment.devices)}")
         identity = {k: v for k, v in hello.items() if k not in _EMBEDDING}
         if identity["dataset"] != dataset.fingerprint:
             raise InputError("the worker reads other data than the driver; are the files changing?")
@@ -148,6 +150,12 @@ def open_session(workdir: pathlib.Path) -> Iterator[Session]:
             hello["encoder"],
             make_mesh(settings.DATA_PARALLEL.value),
         )
+
+
+def _places(devices: list[str]) -> str:
+    """`8 workers: cuda:0, bfloat16; ...`, each device once."""
+    counted = [f"{devices.count(each)} on {each}" for each in dict.fromkeys(devices)]
+    return f"{len(devices)} worker{'s' if len(devices) > 1 else ''}: {'; '.join(counted)}"
 
 
 def _embeddings(

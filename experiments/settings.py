@@ -91,13 +91,18 @@ IMAGE_PATTERN = flags.DEFINE_string(
 MODEL = flags.DEFINE_string(
     "model",
     "",
-    "Qwen2.5-VL: a checkpoint folder, or ORG/NAME[@REVISION] on the Hugging Face hub; empty is the "
-    "embedded one.",
+    "Qwen2.5-VL: a checkpoint folder, or ORG/NAME[@REVISION] on the Hugging Face hub; embedded, or "
+    "empty with --dataset=digits: the small one that comes with the project.",
 )
 ADAPTER = flags.DEFINE_string(
     "adapter", "", "Folder of a LoRA adapter (peft, safetensors), merged into the weights."
 )
-DEVICE = flags.DEFINE_string("device", "auto", "auto, cpu, cuda or cuda:N, for the VLM.")
+DEVICE = flags.DEFINE_string(
+    "device",
+    "auto",
+    "Where VLM workers compute: cuda, dealt to all GPUs in turn; cuda:N; cpu; auto: cuda where "
+    "torch sees a GPU, else cpu.",
+)
 DTYPE = flags.DEFINE_enum("dtype", "auto", ("auto", "float32", "bfloat16"), "auto: by device.")
 MIN_PIXELS = flags.DEFINE_integer(
     "min_pixels",
@@ -489,9 +494,9 @@ PLAN_CERTIFIED = flags.DEFINE_float(
     upper_bound=1.0,
 )
 PLAN_BANK = flags.DEFINE_integer(
-    "plan_bank", None, "Demonstrations of the bank; default counted in its files.", lower_bound=1
+    "plan_bank", None, "Demonstrations of the bank, where its file is not there to be counted.", 1
 )
 PLAN_BANK_IMAGES = flags.DEFINE_integer(
-    "plan_bank_images", None, "Distinct images of the bank; default counted.", lower_bound=1
+    "plan_bank_images", None, "Distinct images of the bank, beside --plan_bank.", lower_bound=1
 )
 PLAN_OUT = flags.DEFINE_string("plan_out", None, "JSON file that --plan writes besides.")

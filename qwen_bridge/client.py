@@ -139,6 +139,13 @@ class Environment:
         stats = self._scheduler.stats
         return {**stats, "busy_s": list(stats["busy_s"])}
 
+    @property
+    def devices(self) -> list[str]:
+        """Where each worker that is ready computes, and how, as `cuda:1, bfloat16`."""
+        workers = [seat.worker for seat in self._scheduler.seats]
+        hellos = [worker.hello for worker in workers if worker and worker.hello]
+        return [hello.get("device", "unknown") for hello in hellos]
+
     def embed(
         self,
         kind: str,

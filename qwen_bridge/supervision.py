@@ -58,7 +58,7 @@ class Supervisor:
 
     Attributes:
       seats: all of them, by index; there may be more later.
-      hello: what all workers say they are; None before the first one did.
+      hello: what all workers say they are, but for the device of each; None before the first did.
     """
 
     def __init__(
@@ -133,11 +133,15 @@ class Supervisor:
         seat.proven = False
 
     def greet(self, seat: Seat, hello: dict) -> str | None:
-        """Takes a worker in, or returns why it is refused: it is not like the others."""
+        """Takes a worker in, or returns why it is refused: it is not like the others.
+
+        Only where it computes may differ.
+        """
+        told = {name: value for name, value in hello.items() if name != "device"}
         if self.hello is None:
-            self.hello = hello
-        for name in sorted(self.hello.keys() | hello.keys()):
-            ours, theirs = self.hello.get(name), hello.get(name)
+            self.hello = told
+        for name in sorted(self.hello.keys() | told.keys()):
+            ours, theirs = self.hello.get(name), told.get(name)
             if ours == theirs:
                 continue
             why = (

@@ -6,7 +6,6 @@ of the store.
 """
 
 import os
-import re
 
 import torch
 from transformers.utils import logging
@@ -17,6 +16,7 @@ from qwen_bridge.errors import InputError
 from qwen_bridge.free_memory import free_memory
 from qwen_bridge.loading import LoadedModel, load_model
 from qwen_bridge.memory import cache_budgets, forward_bound
+from qwen_bridge.placement import check_device, is_dealt
 from qwen_bridge.prompts import PromptBuilder, PromptTemplate
 from qwen_bridge.scorer import PromptScorer, ReferenceScorer
 from qwen_bridge.segments import SegmentFactory
@@ -33,18 +33,17 @@ def build(settings: dict, dataset: Dataset | None = None) -> tuple[PromptScorer,
     """Makes a scorer.
 
     Args:
-      settings: `dataset` as for `open_dataset`; `model`, `device` (`auto`, `cpu`, `cuda`),
-        `dtype` (`auto`, `float32`, `bfloat16`), `min_pixels`, `max_pixels`, `adapter` as for
-        `load_model`;
-        `prompt_style`, `instruction`; `scorer` (`trie` or `reference`), `answer_weight`,
-        `gt_prob`, `max_new_tokens`, `batch_tokens`; `cache_mib` and `vision_cache_mib`, `auto`
-        for a share of what the device has free; `encoder` (`qwen`, `clip`, `siglip`) and
-        `encoder_model`, the folder of the latter two.
+      settings: `dataset` as for `open_dataset`; `model`, `device` (`auto`, `cpu`, `cuda`,
+        `cuda:N`), `dtype` (`auto`, `float32`, `bfloat16`), `min_pixels`, `max_pixels`, `adapter`
+        as for `load_model`; `prompt_style`, `instruction`; `scorer` (`trie` or `reference`),
+        `answer_weight`, `gt_prob`, `max_new_tokens`, `batch_tokens`; `cache_mib` and
+        `vision_cache_mib`, `auto` for a share of what the device has free; `encoder` (`qwen`,
+        `clip`, `siglip`) and `encoder_model`, the folder of the latter two.
       dataset: opened already; else the one that the settings name.
 
     Returns:
       The scorer, and what identifies its scores: model, prompt_template, generation, dataset,
-      metric; and `encoder`, which identifies its embeddings.
+      metric; `encoder`, which identifies its embeddings; and `device`, where it computes and how.
 
     Raises:
       InputError: something in the settings cannot be used.
@@ -111,6 +110,7 @@ def build(settings: dict, dataset: Dataset | None = None) -> tuple[PromptScorer,
         "dataset": dataset.fingerprint,
         "metric": f"answer_weight={settings['answer_weight']} gt_prob={settings['gt_prob']}",
         "encoder": encoder.fingerprint,
+        "device": f"{device}, {dtype}",
     }
     return scorer, hello
 
@@ -126,7 +126,7 @@ def _budgets(loaded: LoadedModel, settings: dict) -> tuple[int, int]:
         value_bytes=dtype.itemsize,
     )
     return cache_budgets(
-        free_memory(device, dealt=settings["device"] == "auto"),
+        free_memory(device, dealt=is_dealt(settings["device"])),
         forward,
         prefix=prefix,
         features=features,
@@ -135,18 +135,22 @@ def _budgets(loaded: LoadedModel, settings: dict) -> tuple[int, int]:
 
 
 def pick_device(name: str) -> str:
-    """The torch device of a flag `--device`: auto, cpu, cuda or cuda:N.
+    """The torch device of a flag `--device`; `auto` and `cuda` deal the GPUs to workers in turn.
 
     Raises:
-      InputError: it is none of them, or there is no GPU.
+      InputError: it is no device, or there is no such GPU.
     """
-    if name == "auto":
-        if not torch.cuda.is_available():
-            return "cpu"
-        # One worker a GPU: the bridge numbers its workers.
-        return f"cuda:{int(os.environ.get('QWEN_BRIDGE_WORKER', 0)) % torch.cuda.device_count()}"
-    if not re.fullmatch(r"cpu|cuda(:\d+)?", name):
-        raise InputError(f"--device={name} is not auto, cpu, cuda or cuda:N")
-    if name.startswith("cuda") and not torch.cuda.is_available():
-        raise InputError(f"--device={name}: this torch sees no GPU; use --device=cpu")
+    check_device(name)
+    if name == "cpu" or (name == "auto" and not torch.cuda.is_available()):
+        return "cpu"
+    if not torch.cuda.is_available():
+        raise InputError(
+            f"--device={name}: this torch ({torch.__version__}) sees no GPU; look at nvidia-smi, "
+            "install the CUDA build of torch, or use --device=cpu"
+        )
+    count = torch.cuda.device_count()
+    if is_dealt(name):  # The bridge numbers its workers.
+        return f"cuda:{int(os.environ.get('QWEN_BRIDGE_WORKER', 0)) % count}"
+    if int(name.removeprefix("cuda:")) >= count:
+        raise InputError(f"--device={name}: there are {count} GPUs, the first is cuda:0")
     return name

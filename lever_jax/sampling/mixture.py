@@ -140,5 +140,5 @@ def check_quotas(
     if sum(quotas.values()) > num:
         raise InputError(
             f"the quotas {dict(quotas)} ask for {sum(quotas.values())} pointers, "
-            f"more than the group of {num}; lower a quota or raise the group size"
+            f"more than the {num} of a query; lower a quota or draw more (--proposals)"
         )

@@ -49,22 +49,22 @@ class SelectorConfig:
     def __post_init__(self):
         for name, least in (("width", 1), ("layers", 0), ("heads", 1)):
             if getattr(self, name) < least:
-                raise InputError(f"selector {name}={getattr(self, name)}; give {least} or more")
+                raise InputError(f"--{name}={getattr(self, name)}; give {least} or more")
         if self.width % self.heads:
             raise InputError(
-                f"selector width={self.width} is not a multiple of heads={self.heads}; "
-                f"try {self.heads * -(-self.width // self.heads)}"
+                f"--width={self.width} is not a multiple of --heads={self.heads}; "
+                f"try --width={self.heads * -(-self.width // self.heads)}"
             )
         for name, allowed in (("history", HISTORIES), ("pointer_score", POINTER_SCORES)):
             if getattr(self, name) not in allowed:
                 raise InputError(
-                    f"selector {name}={getattr(self, name)} is not one of {', '.join(allowed)}"
+                    f"--{name}={getattr(self, name)} is not one of {', '.join(allowed)}"
                 )
         if not 0.0 <= self.dropout < 1.0:
-            raise InputError(f"selector dropout={self.dropout}; give 0 or more and less than 1")
+            raise InputError(f"--dropout={self.dropout}; give 0 or more and less than 1")
         if self.dropout and not self.layers:
             raise InputError(
-                f"selector dropout={self.dropout} is of the set encoder, which layers=0 leaves out"
+                f"--dropout={self.dropout} is of the set encoder, which --layers=0 leaves out"
             )
 
     def recipe(self) -> dict[str, Any]:

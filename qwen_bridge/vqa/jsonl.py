@@ -167,7 +167,14 @@ def _answers(record: dict[str, Any], place: str, report: Report) -> tuple[str, .
             "annotator, or a single text",
         )
         return ()
-    return texts(answers, place, "is not text; write it in quotation marks", report)
+    # As the official files have them: an annotator's record with the answer in it.
+    answers = [each.get("answer") if isinstance(each, dict) else each for each in answers]
+    return texts(
+        answers,
+        place,
+        "is neither a text in quotation marks nor an object with a text 'answer'",
+        report,
+    )
 
 
 def _id(record: dict[str, Any], content: list, place: str, report: Report) -> int | None:

@@ -48,6 +48,10 @@ def test_hello_is_the_factorys_and_the_scorers(shared):
     }
 
 
+def test_each_worker_may_be_on_a_device_of_its_own(shared):
+    assert shared.devices == ["cpu, the worker 0", "cpu, the worker 1"]
+
+
 def test_round_trips(shared):
     before = shared.stats
     check(shared.score(QUERIES, POINTERS, batch_size=32))

@@ -167,7 +167,8 @@ def test_a_run_over_corrupt_images(tmp_path, story):
     assert len(broken) == 12 + 3
 
     def mine(workdir, folder, *flags):
-        command = [sys.executable, "-m", "experiments.mine", *small_mine.FLAGS, "--dataset=jsonl"]
+        command = [sys.executable, "-m", "experiments.mine", *small_mine.FLAGS]
+        command += ["--dataset=jsonl", "--model=embedded"]
         command += [f"--{name}={path}" for name, path in jsonl(folder).items()]
         command += [f"--workdir={tmp_path / workdir}", *flags]
         return subprocess.run(command, capture_output=True, text=True, timeout=600, check=False)

@@ -205,7 +205,7 @@ def test_bad_input_is_refused_and_leaves_nothing(tmp_path, dataset):
     write(tmp_path / "y" / "imported.json", good)
     theirs_path = write(tmp_path / "good.json", good)
     cases = [
-        (import_("x", tmp_path / "none.json"), ["cannot read", "none.json"]),
+        (import_("x", tmp_path / "none.json"), ["--rl_json=", "none.json is not a file"]),
         (import_("x", changed("held", train_on_evaluation)), ["evaluation query"]),
         (import_("x", asked), [f"query {key}", "the ids mean other examples"]),
         (import_("x", asked, "--import_partial"), ["the ids mean other examples"]),

@@ -65,7 +65,7 @@ def test_a_run_is_analyzed_again_and_another_file_without_a_run(trained, tmp_pat
     assert json.loads((tmp_path / "analysis.json").read_text()) == before
     for flags, words in (
         ([f"--workdir={tmp_path}"], "holds no run"),
-        (["--rl_json=/no/such.json"], "cannot read /no/such.json"),
+        (["--rl_json=/no/such.json"], "--rl_json=/no/such.json cannot be read"),
         (["--rl_json=x.json", "--ceiling_queries=5"], "--ceiling_queries asks a VLM"),
     ):
         bad = run("analyze", *flags)
@@ -169,6 +169,18 @@ def test_two_runs_are_compared_without_a_vlm(trained, tmp_path):
         ("train", ["--tau=0"], ["tau"]),
         ("train", ["--shots="], ["--shots is empty"]),
         ("train", ["--device=cpu:x"], ["--device=cpu:x"]),
+        ("train", ["--device=gpu", "--plan"], ["--device=gpu", "cuda:N"]),
+        ("train", ["--device=cuda:1", "--workers=2"], ["--workers=2 on one GPU", "--device=cuda"]),
+        ("train", ["--bank_jsonl=b.jsonl"], ["--bank_jsonl is given", "add --dataset=jsonl"]),
+        ("mine", ["--query_questions=q.json"], ["--query_questions", "add --dataset=official"]),
+        (
+            "train",
+            ["--dataset=jsonl", "--bank_jsonl=b.jsonl", "--query_jsonl=q.jsonl", "--plan"],
+            ["--dataset=jsonl needs --model", "--model=embedded"],
+        ),
+        ("train", ["--heads=3"], ["--width=64 is not a multiple of --heads=3", "--width=66"]),
+        ("train", ["--quotas=beam:100"], ["ask for 100 pointers", "--proposals"]),
+        ("import_rl", ["--rl_json=/no/such.json"], ["--rl_json=/no/such.json is not a file"]),
         ("evaluate", [], ["holds no run"]),
         ("evaluate", ["--out=/no/such/folder/x.json"], ["--out=", "does not exist"]),
         ("train", ["--decodings=gredy"], ["--decodings", "gredy", "greedy, beam"]),

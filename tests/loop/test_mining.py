@@ -163,7 +163,7 @@ def test_a_local_search_that_was_stopped_goes_on_as_it_would_have(make_world):
     ("quotas", "message"),
     [
         ({"local_search": 20}, "local_search:20 is all of --proposals=20; it needs others"),
-        ({"local_search": 18, "beam": 4}, "ask for 22 pointers, more than the group of 20"),
+        ({"local_search": 18, "beam": 4}, "ask for 22 pointers, more than the 20 of a query"),
     ],
 )
 def test_quotas_of_mining_that_cannot_be_met(quotas, message):

@@ -178,16 +178,25 @@ def test_jsonl_is_counted(tmp_path):
     lines = [{"image": name, "question": "?", "answers": ["x"]} for name in ("a.png", "a.png")]
     file = tmp_path / "bank.jsonl"
     file.write_text("\n".join(map(json.dumps, lines)) + "\n")
-    flags.FLAGS(["train", "--dataset=jsonl", f"--bank_jsonl={file}"])
-    data = planned_data()
+    flags.FLAGS(["train", "--dataset=jsonl", f"--bank_jsonl={file}", "--plan_bank=900"])
+    data = planned_data()  # --plan_bank is for a file that is not there
     assert (data.bank, data.bank_images, data.image_sizes) == (2, 1, ((50, 40),))
     assert sample_sizes(tmp_path / "nothing") == ()
+
+
+@pytest.mark.parametrize("text", ["not JSON", "[]", "{}", '{"image": 3}', "[" * 100_000])
+def test_a_line_that_cannot_be_counted_is_named(tmp_path, text):
+    file = tmp_path / "bank.jsonl"
+    file.write_text(f'{{"image": "a.png"}}\n\n{text}\n')
+    flags.FLAGS(["train", "--dataset=jsonl", f"--bank_jsonl={file}"])
+    with pytest.raises(PolicyError, match=r"--bank_jsonl=.*bank\.jsonl:3 is no example.*check_data"):
+        planned_data()
 
 
 @pytest.mark.parametrize(
     ("given", "error", "words"),
     [
-        (["--dataset=official"], PolicyError, "give --plan_bank=N"),
+        (["--dataset=official", "--model=embedded"], PolicyError, "give --plan_bank=N"),
         (["--model=/no/such/folder"], PolicyError, "--model=/no/such/folder is not a folder"),
         (["--max_pixels=784", "--min_pixels=900"], InputError, "--min_pixels=900 exceeds"),
     ],

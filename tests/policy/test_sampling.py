@@ -469,7 +469,7 @@ def test_a_source_does_not_depend_on_the_other_quotas(table):
 @pytest.mark.parametrize(
     ("quotas", "message"),
     [
-        ({"beam": 20, "sample": 5}, "ask for 25 pointers, more than the group of 16"),
+        ({"beam": 20, "sample": 5}, "ask for 25 pointers, more than the 16 of a query"),
         ({"local_search": 4}, "'local_search' needs scored pointers; a mixture draws from beam"),
         ({"beem": 4}, "unknown proposal source 'beem'"),
         ({"beam": -1}, "quota -1 of proposal source 'beam'"),

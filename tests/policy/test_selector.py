@@ -204,7 +204,7 @@ def test_scale_of_a_part_does_not_matter(selector, batch):
     ("change", "message"),
     [
         ({"width": 0}, "width=0; give 1 or more"),
-        ({"heads": 3}, "width=64 is not a multiple of heads=3; try 66"),
+        ({"heads": 3}, "--width=64 is not a multiple of --heads=3; try --width=66"),
         ({"layers": -1}, "layers=-1; give 0 or more"),
     ],
 )

@@ -226,8 +226,16 @@ def test_no_answers(world, value):
 
 
 def test_an_answer_that_is_not_text(world):
-    world.bank[2]["answers"] = ["2", 2]
-    world.fails(r"bank\.jsonl:3: answers\[1\] is not text; write it in quotation marks")
+    for wrong in (2, {"text": "2"}, {"answer": 2}, ["2"]):
+        world.bank[2]["answers"] = ["2", wrong]
+        world.fails(r"bank\.jsonl:3: answers\[1\] is neither a text .* nor an object with a text")
+
+
+def test_answers_may_be_annotators_records(world):
+    texts = world.bank[2]["answers"]
+    before = world.load()
+    world.bank[2]["answers"] = [{"answer": text, "answer_confidence": "yes"} for text in texts]
+    assert world.load() == before
 
 
 @pytest.mark.parametrize("name", ["image", "question", "answers", "answer_type"])
