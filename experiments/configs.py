@@ -34,8 +34,6 @@ def check(*, scoring: bool = True) -> None:
     Raises:
       InputError: a flag is wrong, or does not fit another.
     """
-    if scoring:
-        _check_model()
     for make in (
         evaluation_config,
         worker_settings,
@@ -49,6 +47,8 @@ def check(*, scoring: bool = True) -> None:
         thresholds,
     ):
         make()
+    if scoring:
+        _check_model()
     _check_numbers()
     _check_stop()
     if settings.DRAWS.value != "iid" and settings.VERIFY.value != "all":

@@ -28,7 +28,7 @@ def build(settings: dict):
     if mode == "hang":
         time.sleep(3600)
     scorer = Faulty(TrivialScorer(settings), settings.get("faults", []), settings.get("log"))
-    place = f"cpu, the worker {os.environ['QWEN_BRIDGE_WORKER']}"
+    place = f"cpu, the worker {os.environ.get('QWEN_BRIDGE_WORKER')}"
     hello = {"model": "trivial", "threads": os.environ["OMP_NUM_THREADS"], "device": place}
     return scorer, {**hello, **settings.get("hello", {})}
 
