@@ -20,7 +20,15 @@ from absl import flags
 from experiments import cli
 from experiments.output import check_out, write_out
 from experiments.progress import CONSOLE, note
-from experiments.side_by_side import machine, no_compiler, numbers, one_device, ratio, timed
+from experiments.side_by_side import (
+    machine,
+    no_compiler,
+    numbers,
+    one_device,
+    ratio,
+    timed,
+    warm_up,
+)
 from lever_jax.errors import InputError
 
 _B = flags.DEFINE_list("B", ["64"], "Queries of a batch.")
@@ -73,8 +81,7 @@ def main() -> None:
         cell = sampling_cell.Cell(models, method, batch, pool, shots, num)
         worst = max(worst, cell.difference())
         competitors = cell.competitors(_LOOP_QUERIES.value, compiled)
-        for run in competitors.values():  # Compiles and warms up.
-            run()
+        warm_up(competitors, device)
         label = f"{method} B={batch} K={pool} S={shots} G={num}"
         seconds = timed(competitors, _ROUNDS.value, label)
         if "loop" in seconds:
@@ -85,7 +92,7 @@ def main() -> None:
         cells[-1]["machine"] = bounds._asdict()
         _show(cells[-1])
     document = {
-        **machine(),
+        **machine(device),
         "config": {
             name: flag.value
             for name, flag in {

@@ -25,6 +25,7 @@ from experiments.side_by_side import (
     one_device,
     ratio,
     timed,
+    warm_up,
 )
 from lever_jax.errors import InputError
 
@@ -64,8 +65,7 @@ def main() -> None:
             raise InputError(f"--S={shots} exceeds --K={pool}; lower it")
         competitors, apart, work = _competitors(batch, pool, shots, group, compiled, device)
         exactness = {name: max(exactness[name], apart[name]) for name in exactness}
-        for run in competitors.values():
-            run()
+        warm_up(competitors, device)
         seconds = timed(competitors, _ROUNDS.value, f"B={batch} K={pool} S={shots} G={group}")
         sizes = {"B": batch, "K": pool, "S": shots, "G": group}
         bounds = roofline.measure(device)
@@ -73,7 +73,7 @@ def main() -> None:
         cells[-1]["machine"] = bounds._asdict()
         _show(cells[-1])
     document = {
-        **machine(),
+        **machine(device),
         "config": {f.name: f.value for f in (_DIM, _WIDTH, _LAYERS, _HEADS, _ROUNDS)},
         "compiled_left_out": missing,
         "exactness": exactness,
@@ -157,8 +157,11 @@ def _competitors(batch: int, pool: int, shots: int, group: int, compiled: bool, 
         jax.numpy.asarray(mask),
         jax.numpy.arange(batch, dtype=np.uint32),
     )
-    groups = GroupBatch(
-        np.arange(batch, dtype=np.int32), pointers, rewards, behaviour.cpu().numpy(), counted
+    # PyTorch's lie on its device, too.
+    groups = jax.device_put(
+        GroupBatch(
+            np.arange(batch, dtype=np.int32), pointers, rewards, behaviour.cpu().numpy(), counted
+        )
     )
     optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(RATE, weight_decay=1e-4))
     our_step = make_step("grpo", models.policy, optimizer, config)

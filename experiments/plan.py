@@ -91,6 +91,7 @@ def make_plan(
         feature_bytes=feature_bytes,
         value_bytes=pricer.value_bytes,
     )
+    memory["selector"] = _table_bytes(shape, data.bank, run)
     return {
         "model": {
             "name": model or configs.EMBEDDED,
@@ -158,6 +159,12 @@ def run_config() -> RunConfig:
         gain=settings.SEARCH_SCORE.value == "gain",
         mines=settings.RCE_DATA.value != "import",
     )
+
+
+def _table_bytes(shape: ModelShape, bank: int, run: RunConfig) -> float:
+    """Float32 embeddings that JAX holds on a GPU: the queries, and what their pools can name."""
+    rows = sum(n + min(bank, n * run.pool) for n in (run.train, run.evaluated))
+    return float(rows * shape.embedding_dim * 4)
 
 
 class _Pricer:

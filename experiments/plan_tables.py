@@ -26,8 +26,8 @@ def print_plan(plan: dict[str, Any]) -> None:
         note(line)
     if not plan["memory"]["fits"]:
         note(
-            f"this does not fit into one {assumed['device']}: lower --cache_mib or --batch_tokens, "
-            "or take a smaller --model"
+            f"this does not fit into one {assumed['device']}: lower --cache_mib, --batch_tokens "
+            "or --pool_size, or take a smaller --model"
         )
 
 

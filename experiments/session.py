@@ -14,8 +14,8 @@ from experiments import configs, settings
 from experiments.batched import BatchedEnvironment
 from experiments.progress import bar, note
 from lever_jax.errors import InputError
-from lever_jax.parallel import make_mesh
-from lever_jax.pooled import Embedded, PooledQueries, pool_queries
+from lever_jax.parallel import check_room, make_mesh, used_devices
+from lever_jax.pooled import Embedded, PooledQueries, placed, pool_queries
 from lever_jax.proposing import Proposer
 from lever_jax.scoring import ScoringService
 from lever_jax.selector import make_selector
@@ -130,6 +130,9 @@ def open_session(workdir: pathlib.Path) -> Iterator[Session]:
         bank, queries, broken = _embeddings(environment, dataset)
         config = configs.pool_config()
         pooled = [pool_queries(each, bank, hello["parts"], config, store, bar) for each in queries]
+        mesh = make_mesh(settings.DATA_PARALLEL.value)
+        check_room([each.table for each in pooled], used_devices(mesh))
+        pooled = [placed(each, mesh) for each in pooled]
         _report_excluded(pooled)
         if settings.RETRY_FAILED.value:
             _retry_failed(service, bank, pooled)
@@ -148,7 +151,7 @@ def open_session(workdir: pathlib.Path) -> Iterator[Session]:
             policy,
             identity,
             hello["encoder"],
-            make_mesh(settings.DATA_PARALLEL.value),
+            mesh,
         )
 
 

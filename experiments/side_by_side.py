@@ -5,6 +5,7 @@ of the rounds' ratios. On one CPU thread the seconds are those that the process 
 which other processes cannot lengthen; on a GPU they are those of the clock.
 """
 
+import math
 import os
 import platform
 import shutil
@@ -17,6 +18,9 @@ import torch
 
 from experiments.progress import bar
 from lever_jax.errors import InputError
+from qwen_bridge.benchmark import clock
+
+_CPU = torch.device("cpu")
 
 
 def one_device() -> torch.device:
@@ -37,10 +41,18 @@ def one_device() -> torch.device:
     if gpu != (jax.default_backend() == "gpu"):
         raise InputError(
             f"JAX computes on a {jax.default_backend()}, PyTorch on a {'gpu' if gpu else 'cpu'}: "
-            "give both the GPU (pip install 'lever[cuda12]', and a PyTorch built for CUDA), or "
-            "neither (CUDA_VISIBLE_DEVICES= JAX_PLATFORMS=cpu before the command)"
+            "give both the GPU (pip install 'lever[cuda12]' or 'lever[cuda13]', and PyTorch built "
+            "for the same CUDA), or neither (CUDA_VISIBLE_DEVICES= JAX_PLATFORMS=cpu before the "
+            "command)"
         )
     return torch.device("cuda" if gpu else "cpu")
+
+
+def warm_up(competitors: Mapping[str, Callable[[], object]], device: torch.device) -> None:
+    """Compiles everything; PyTorch records its CUDA graphs in the second call, not the first."""
+    for run in competitors.values():
+        for _ in range(3 if device.type == "cuda" else 1):
+            run()
 
 
 def finished(run: Callable[[], object], device: torch.device) -> Callable[[], object]:
@@ -90,8 +102,27 @@ def timed(
       rounds: how often.
       label: of the progress bar.
     """
-    clock = time.perf_counter if jax.default_backend() == "gpu" else time.process_time
-    return timed_by((clock,), competitors, rounds, label)[0]
+    if jax.default_backend() != "gpu":
+        return timed_by((time.process_time,), competitors, rounds, label)[0]
+    repeats = {name: _repeats(run) for name, run in competitors.items()}
+    often = {name: _repeated(run, repeats[name]) for name, run in competitors.items()}
+    seconds = timed_by((time.perf_counter,), often, rounds, label)[0]
+    return {name: values / repeats[name] for name, values in seconds.items()}
+
+
+def _repeats(run: Callable[[], object]) -> int:
+    """How often `run` fits into `_LEAST_S`: the clock is too coarse for a few microseconds."""
+    start = time.perf_counter()
+    run()
+    return max(1, math.ceil(_LEAST_S / (time.perf_counter() - start)))
+
+
+def _repeated(run: Callable[[], object], times: int) -> Callable[[], None]:
+    def all_of_them():
+        for _ in range(times):
+            run()
+
+    return all_of_them
 
 
 def timed_by(
@@ -126,17 +157,20 @@ def ratio(slow: np.ndarray, fast: np.ndarray) -> dict[str, float]:
 _STATISTICS = {"median": np.median, "min": np.min, "max": np.max}
 
 
-def machine() -> dict[str, object]:
+_LEAST_S = 0.05  # of a round on a GPU
+
+
+def machine(device: torch.device = _CPU) -> dict[str, object]:
     """Device, versions and load, for the JSON of a benchmark."""
     return {
         "device": f"{platform.machine()}, {os.cpu_count()} cores, JAX on {jax.default_backend()}",
+        "processor": clock.describe(device),
         "clock": "wall" if jax.default_backend() == "gpu" else "CPU seconds of the process",
         "cores_used": len(os.sched_getaffinity(0)),
         "load_average_at_end": os.getloadavg(),
         "versions": {
-            "python": platform.python_version(),
+            **clock.versions(),
             "jax": jax.__version__,
-            "torch": torch.__version__,
             "numpy": np.__version__,
         },
     }

@@ -258,7 +258,7 @@ def pooled(data: ImportedData, queries: PooledQueries, bank: Embedded) -> Pooled
     at = jnp.asarray([where[query_id] for query_id in data.queries.tolist()], jnp.int32)
     table = queries.table._replace(
         queries=queries.table.queries[at],
-        bank=jnp.asarray(bank.embeddings[rows_of(bank.ids, used)]),
+        bank=np.asarray(bank.embeddings[rows_of(bank.ids, used)]),
         rows=jnp.asarray(rows),
         mask=jnp.asarray(pool_ids >= 0),
         query_ids=queries.table.query_ids[at],

@@ -4,7 +4,8 @@ Parameters and embeddings lie whole on every device, and the gradient is summed 
 XLA. With one device there is no mesh (`None`).
 """
 
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -17,6 +18,7 @@ from lever_jax.errors import InputError
 MODES = ("auto", "off")
 _AXIS = "queries"
 _AT_A_TIME = 8
+_TABLES = 0.8  # of JAX's memory; the rest is for what is computed
 
 
 def make_mesh(mode: str) -> Mesh | None:
@@ -36,6 +38,11 @@ def device_count(mesh: Mesh | None) -> int:
     return 1 if mesh is None else mesh.size
 
 
+def used_devices(mesh: Mesh | None) -> list[jax.Device]:
+    """The devices that compute: all of the mesh, or the first."""
+    return [jax.local_devices()[0]] if mesh is None else list(mesh.devices.flat)
+
+
 def replicated(mesh: Mesh | None, tree: Any) -> Any:
     """The arrays of a tree, whole on every device.
 
@@ -44,6 +51,29 @@ def replicated(mesh: Mesh | None, tree: Any) -> Any:
     """
     place = jax.local_devices()[0] if mesh is None else NamedSharding(mesh, PartitionSpec())
     return jax.device_put(tree, place)
+
+
+def check_room(tables: Sequence[Any], devices: Sequence[jax.Device]) -> None:
+    """Refuses tables that do not fit, before they are sent to the devices.
+
+    Args:
+      tables: trees of arrays that every device will hold.
+      devices: where; one that does not tell its memory, as a CPU, is taken to have enough.
+
+    Raises:
+      InputError: they take more than four fifths of what JAX may use of a device.
+    """
+    size = sum(x.nbytes for x in jax.tree.leaves(list(tables)))
+    for device in devices:
+        limit = (device.memory_stats() or {}).get("bytes_limit")
+        if limit and size > _TABLES * limit:
+            raise InputError(
+                f"the pools' embeddings take {size / 1e9:.1f} GB on {device}, of which JAX may use "
+                f"{limit / 1e9:.1f} GB; lower --pool_size, --num_queries or --num_eval, or give "
+                "JAX more than XLA_PYTHON_CLIENT_MEM_FRACTION="
+                f"{os.environ.get('XLA_PYTHON_CLIENT_MEM_FRACTION', '0.75')} of it (an "
+                "environment variable) and the VLM less (--cache_mib)"
+            )
 
 
 def shardings(mesh: Mesh | None, arguments: str, results: str) -> dict[str, Any]:

@@ -10,10 +10,11 @@ import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import jax.numpy as jnp
+import jax
 import numpy as np
 
 from lever_jax.errors import InputError
+from lever_jax.parallel import replicated
 from lever_jax.retrieval import Excluded, Pools, build_pools, pool_quotas
 from lever_jax.similarity import column_mean
 from lever_jax.store import Store
@@ -86,7 +87,8 @@ class PooledQueries:
     Attributes:
       query_ids: int64 [Q].
       pool_ids: int64 [Q, K] demonstration id of each action, -1 where masked.
-      table: the same for the device; it holds the demonstrations that some pool holds, no other.
+      table: the same as arrays, with the demonstrations that some pool holds and no other; on the
+        host as `pool_queries` makes it, on all devices after `placed`.
       mean: float32 [D] mean of the whole bank, which similarity subtracts.
       excluded: how many demonstrations the pools had to leave out.
     """
@@ -138,13 +140,18 @@ def pool_queries(
     # A bank of VQAv2 is 11 GB; what the pools of a run use of it is a small part.
     used, rows = np.unique(pools.rows, return_inverse=True)
     table = PoolTable(
-        queries=jnp.asarray(queries.embeddings),
-        bank=jnp.asarray(bank.embeddings[used]),
-        rows=jnp.asarray(rows.reshape(pools.rows.shape).astype(np.int32)),
-        mask=jnp.asarray(pools.mask),
-        query_ids=jnp.asarray((queries.ids % (1 << 32)).astype(np.uint32)),
+        queries=np.asarray(queries.embeddings),
+        bank=np.asarray(bank.embeddings[used]),
+        rows=rows.reshape(pools.rows.shape).astype(np.int32),
+        mask=np.asarray(pools.mask),
+        query_ids=(queries.ids % (1 << 32)).astype(np.uint32),
     )
     return PooledQueries(queries.ids, pool_ids, table, bank.mean, pools.excluded)
+
+
+def placed(queries: PooledQueries, mesh: jax.sharding.Mesh | None) -> PooledQueries:
+    """The same with its table on the devices, once: whoever replicates it again copies nothing."""
+    return dataclasses.replace(queries, table=replicated(mesh, queries.table))
 
 
 def make_pools(

@@ -7,7 +7,7 @@ from qwen_bridge.errors import InputError
 
 def check_device(name: str) -> None:
     """Refuses what is not auto, cpu, cuda or cuda:N, with an InputError."""
-    if name != "auto" and not re.fullmatch(r"cpu|cuda(:\d+)?", name):
+    if name != "auto" and not re.fullmatch(r"cpu|cuda(:[0-9]+)?", name):
         raise InputError(f"--device={name} is not auto, cpu, cuda or cuda:N")
 
 

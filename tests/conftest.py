@@ -31,6 +31,10 @@ def _known_to_xla(flag: str) -> bool:
 # Before anything loads torch: its threads that spin while they wait starve the other processes.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
+# All tests are of the CPU, where figures are exact, also on a machine with GPUs.
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
+
 # Before anything imports jax; the processes that tests start inherit it. Tests that hold what is
 # compiled for users against a reference set XLA_FLAGS to nothing.
 if "XLA_FLAGS" not in os.environ:

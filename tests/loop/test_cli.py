@@ -1,11 +1,14 @@
 """How an entry point ends: its exit code, one line, and nothing that it waits for."""
 
+import os
 import pathlib
 import subprocess
 import sys
 import time
 
 import pytest
+
+from experiments import cli
 
 ROOT = pathlib.Path(__file__).parents[2]
 
@@ -32,6 +35,22 @@ def end_of(body):
     )  # fmt: skip
     seconds = time.monotonic() - started
     return done.returncode, done.stdout.splitlines(), done.stderr.splitlines(), seconds
+
+
+def test_jax_leaves_the_gpu_to_the_vlm_unless_the_user_says_otherwise(monkeypatch):
+    names = ("XLA_PYTHON_CLIENT_PREALLOCATE", "XLA_PYTHON_CLIENT_MEM_FRACTION")
+    for name in (*names, "XLA_CLIENT_MEM_FRACTION"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("XLA_CLIENT_MEM_FRACTION", "0.5")
+    cli.share_gpu()
+    assert [os.environ.get(name) for name in names] == ["false", None]  # with both JAX has no GPU
+    monkeypatch.delenv("XLA_CLIENT_MEM_FRACTION")
+    cli.share_gpu()
+    assert [os.environ.get(name) for name in names] == ["false", "0.3"]
+    for name in names:
+        monkeypatch.setenv(name, "own")
+    cli.share_gpu()
+    assert [os.environ.get(name) for name in names] == ["own", "own"]
 
 
 @pytest.mark.parametrize(

@@ -5,13 +5,23 @@ import os
 import pathlib
 import subprocess
 import sys
+import types
 
 import jax
 import numpy as np
 import pytest
 
 from lever_jax.errors import InputError
-from lever_jax.parallel import make_mesh, over_queries, replicated, shardings
+from lever_jax.parallel import (
+    check_room,
+    make_mesh,
+    over_queries,
+    replicated,
+    shardings,
+    used_devices,
+)
+from lever_jax.pooled import PooledQueries, placed
+from lever_jax.training import PoolTable
 
 HERE = pathlib.Path(__file__).parent
 
@@ -49,6 +59,26 @@ def test_one_device_has_no_mesh():
     np.testing.assert_array_equal(placed, given)
     with pytest.raises(InputError, match="--data_parallel=some is not one of auto, off"):
         make_mesh("some")
+
+
+def test_a_table_lies_on_a_device_once():
+    table = PoolTable(*(np.ones((3, 2), np.float32) for _ in PoolTable._fields))
+    queries = PooledQueries(np.arange(3), np.ones((3, 2)), table, np.ones(2), None)
+    once = placed(queries, None).table
+    again = replicated(None, once)
+    assert [x.unsafe_buffer_pointer() for x in again] == [x.unsafe_buffer_pointer() for x in once]
+    assert used_devices(None) == jax.local_devices()[:1]
+
+
+def test_tables_that_do_not_fit_are_refused_before_they_are_sent():
+    table = {"bank": np.zeros((100, 2), np.float32), "rows": np.zeros(50, np.int32)}  # 1,000 bytes
+    small, large, silent = (
+        types.SimpleNamespace(memory_stats=lambda limit=limit: limit and {"bytes_limit": limit})
+        for limit in (2400, 2600, None)
+    )
+    check_room([table, table], [large, silent])
+    with pytest.raises(InputError, match=r"0\.0 GB .* lower --pool_size.*_MEM_FRACTION"):
+        check_room([table, table], [large, small])
 
 
 @pytest.mark.parametrize("count", [1, 7, 8, 9, 20])
