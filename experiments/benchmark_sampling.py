@@ -87,7 +87,8 @@ def main() -> None:
         if "loop" in seconds:
             seconds["loop"] = seconds["loop"] * (batch / min(batch, _LOOP_QUERIES.value))
         bounds = roofline.measure(device)
-        least = cell.work().least_seconds(bounds)
+        work = cell.work()
+        least = work and work.least_seconds(bounds)
         cells.append(_cell(method, batch, pool, shots, num, seconds, least))
         cells[-1]["machine"] = bounds._asdict()
         _show(cells[-1])
@@ -116,7 +117,7 @@ def main() -> None:
 def _cell(method, batch, pool, shots, num, seconds, least) -> dict:
     """One entry of `cells`; a ratio above 1 says how many times faster ours is.
 
-    `least` are the seconds that no program can do without.
+    `least` are the seconds that no program can do without, None where nothing is computed.
     """
     rates = {name: batch * num / values for name, values in seconds.items()}
     against = functools.partial(ratio, fast=seconds["ours"])
@@ -144,7 +145,7 @@ def _cell(method, batch, pool, shots, num, seconds, least) -> dict:
             name: value and [value["min"], value["max"]] for name, value in summary.items()
         },
         "least_seconds": least,
-        "share_of_roofline": ratio(least, seconds["ours"])["median"],
+        "share_of_roofline": least and ratio(least, seconds["ours"])["median"],
         "seconds": {name: values.tolist() for name, values in seconds.items()},
     }
 
@@ -153,7 +154,8 @@ def _show(cell: dict) -> None:
     parts = [f"{cell['pointers_per_s']:,.0f} pointers/s"]
     for name, (low, high) in ((n, r) for n, r in cell["ratio_min_max"].items() if r):
         parts.append(f"{name.removeprefix('ratio_')} {cell[name]:.1f}x ({low:.1f} to {high:.1f})")
-    parts.append(f"{cell['share_of_roofline']:.0%} of the roofline")
+    if cell["share_of_roofline"]:
+        parts.append(f"{cell['share_of_roofline']:.0%} of the roofline")
     CONSOLE.print(
         f"  {cell['method']:8} B={cell['B']} K={cell['K']} S={cell['S']} G={cell['G']}: "
         + ", ".join(parts)

@@ -131,8 +131,10 @@ class Cell:
             )
         return runs
 
-    def work(self) -> Work:
-        """What nobody can save who draws from this selector."""
+    def work(self) -> Work | None:
+        """What nobody can save who draws from this selector; None where it is not asked."""
+        if self._method == "random":
+            return None
         return work_of(self._draws(jax.vmap), *self._arguments())
 
     def _ours(self):

@@ -122,12 +122,13 @@ def run_benchmark(name, *options):
 def test_the_sampling_benchmark_writes_what_it_says(tmp_path):
     out = tmp_path / "sampling.json"
     printed, status = run_benchmark(
-        "benchmark_sampling", f"--out={out}", "--methods=beam,sbs", "--loop_queries=1"
+        "benchmark_sampling", f"--out={out}", "--methods=beam,sbs,random", "--loop_queries=1"
     )
     assert status == 0, printed
     document = json.loads(out.read_text())
     assert document["exactness"]["max_abs_logprob"] < 1e-4
-    beam, sbs = document["cells"]
+    beam, sbs, random = document["cells"]
+    assert random["share_of_roofline"] is None  # it does not ask the selector
     assert beam["ratio_loop"] > beam["ratio_batched_eager"] > 0
     assert beam["ratio_batched_compiled"] is None
     assert sbs["ratio_loop"] is None  # PyTorch has no form of it
