@@ -6,15 +6,19 @@
 All competitors work on the same vectors with the same number of threads. They take turns within a
 round and start in another order each round, so that a busy machine slows all of them; what is
 reported is the median of the rounds' ratios. Before anything is timed, their answers are compared.
+NumPy, faiss and `ours` compute on the CPU; where JAX has an accelerator, `ours_gpu` is our search
+with its products there, a competitor of its own.
 
 The vectors are like embeddings in that they cluster: a random unit centre plus noise of the same
 length, `--clusters` of them, so that a query's nearest are within its cluster (cosine about 0.5).
 """
 
+import functools
 import os
 import platform
 import resource
 import time
+from collections.abc import Callable
 
 import jax
 import numpy as np
@@ -44,6 +48,7 @@ _SEED = flags.DEFINE_integer("seed", 0, "Seed of the vectors.", lower_bound=0)
 _THREADS = flags.DEFINE_integer("threads", 0, "CPU threads; 0 is one a core.", lower_bound=0)
 _MIB = flags.DEFINE_integer("retrieval_mib", 512, "Memory of our search, MiB.", lower_bound=1)
 _OUT = flags.DEFINE_string("out", None, "JSON file of the result.")
+_ON_GPU = "ours_gpu"
 
 
 def vectors(rng: np.random.Generator, count: int, centres: np.ndarray) -> np.ndarray:
@@ -56,6 +61,26 @@ def vectors(rng: np.random.Generator, count: int, centres: np.ndarray) -> np.nda
         some += centres[rng.integers(0, len(centres), len(some))]
         some /= np.linalg.norm(some, axis=1, keepdims=True)
     return out
+
+
+def our_searches(
+    queries: np.ndarray, bank: np.ndarray, k: int, *, memory: int
+) -> dict[str, Callable[[], np.ndarray]]:
+    """Our search on the CPU, and with its products on the accelerator where JAX has one.
+
+    Returns:
+      By name, what gives the rows [B, k], most similar first.
+    """
+    whole, weights = {"whole": (0, bank.shape[1])}, {"whole": 1.0}
+
+    def on(accelerator: bool) -> np.ndarray:
+        search = Search(queries, bank, whole, weights, memory=memory, accelerator=accelerator)
+        return search.top_k(k, Pairs.none())[0]
+
+    searches = {"ours": functools.partial(on, False)}
+    if jax.default_backend() != "cpu":
+        searches[_ON_GPU] = functools.partial(on, True)
+    return searches
 
 
 def plain_numpy(queries: np.ndarray, bank: np.ndarray, k: int) -> np.ndarray:
@@ -96,12 +121,10 @@ def main() -> None:
     centres /= np.linalg.norm(centres, axis=1, keepdims=True)
     bank, queries = (vectors(rng, n, centres) for n in (_ROWS.value, _QUERIES.value))
 
-    def ours():
-        whole, weights = {"whole": (0, _DIM.value)}, {"whole": 1.0}
-        search = Search(queries, bank, whole, weights, memory=_MIB.value * 2**20)
-        return search.top_k(_K.value, Pairs.none())[0]
-
-    competitors = {"ours": ours, "numpy": lambda: plain_numpy(queries, bank, _K.value)}
+    competitors = {
+        **our_searches(queries, bank, _K.value, memory=_MIB.value * 2**20),
+        "numpy": lambda: plain_numpy(queries, bank, _K.value),
+    }
     built = None
     if faiss is None:
         note("faiss is not installed (pip install 'lever[benchmark]'); compared with NumPy only")
@@ -126,10 +149,11 @@ def main() -> None:
             )
         clocks = (time.perf_counter, time.process_time)  # of the wall, and of all threads
         seconds, cpu_seconds = timed_by(clocks, competitors, _ROUNDS.value, "time the competitors")
+    cpu_seconds.pop(_ON_GPU, None)  # They leave out what the GPU did.
     ratios = {name: seconds["ours"] / seconds[name] for name in competitors if name != "ours"}
     for name, values in seconds.items():
-        cpu = np.median(cpu_seconds[name])
-        CONSOLE.print(f"  {name:6} median {np.median(values):7.2f} s, {cpu:7.2f} s of CPU")
+        cpu = f", {np.median(cpu_seconds[name]):7.2f} s of CPU" if name in cpu_seconds else ""
+        CONSOLE.print(f"  {name:8} median {np.median(values):7.2f} s{cpu}")
     for name, values in ratios.items():
         CONSOLE.print(
             f"  ours / {name}: median {np.median(values):.2f} "

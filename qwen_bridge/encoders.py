@@ -31,6 +31,7 @@ from transformers.models.siglip2.image_processing_pil_siglip2 import Siglip2Imag
 
 from qwen_bridge.embedder import Encoder, encoder_fingerprint, in_batches
 from qwen_bridge.errors import InputError
+from qwen_bridge.gpu_settings import set_for_scoring
 from qwen_bridge.identity import checkpoint_digest
 from qwen_bridge.loading import UNUSABLE
 from qwen_bridge.vision import read_images
@@ -180,6 +181,7 @@ def load_encoder(kind: str, path: str, load_image: Callable, device: str) -> Con
             f"{flag}: {len(wrong)} weights missing or misshapen or not of the architecture in "
             f"config.json: {wrong[0]}"
         )
+    set_for_scoring(device)
     model.eval().requires_grad_(False).to(device)
     fingerprint = encoder_fingerprint(kind, checkpoint_digest(folder), processor.to_json_string())
     return ContrastiveEncoder(model, processor, tokens_of, collate, load_image, fingerprint)

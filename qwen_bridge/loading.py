@@ -11,6 +11,7 @@ from transformers.models.qwen2_vl import Qwen2VLImageProcessorPil
 
 from qwen_bridge.adapters import merge_adapter
 from qwen_bridge.errors import InputError
+from qwen_bridge.gpu_settings import set_for_scoring
 from qwen_bridge.grids import check_pixels
 from qwen_bridge.hub import TINY_QWEN
 from qwen_bridge.identity import adapter_digest, checkpoint_digest, weight_files
@@ -128,6 +129,7 @@ def load_model(
     if adapter:
         model = merge_adapter(model, pathlib.Path(adapter))
         parts.append(adapter_digest(pathlib.Path(adapter)))
+    set_for_scoring(device)
     model.eval().requires_grad_(False).to(device)
     batch_equal_windows(model.model.visual)
     fingerprint = hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]

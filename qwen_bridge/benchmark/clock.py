@@ -21,13 +21,15 @@ def seconds(device: torch.device, run: Callable[[], object]) -> float:
     that passes.
     """
     if device.type == "cuda":
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        torch.cuda.synchronize(device)
-        start.record()
-        run()
-        end.record()
-        torch.cuda.synchronize(device)
-        return start.elapsed_time(end) / 1000
+        # An event is recorded on the current device's stream, which need not be of this device.
+        with torch.cuda.device(device):
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            torch.cuda.synchronize()
+            start.record()
+            run()
+            end.record()
+            torch.cuda.synchronize()
+            return start.elapsed_time(end) / 1000
     clock = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
     gc.collect()
     start = clock()

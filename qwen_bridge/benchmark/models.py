@@ -12,6 +12,7 @@ import torch
 from transformers import AutoTokenizer, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 from transformers.models.qwen2_vl import Qwen2VLImageProcessorPil
 
+from qwen_bridge.gpu_settings import set_for_scoring
 from qwen_bridge.hub import TINY_QWEN
 from qwen_bridge.loading import LoadedModel
 from qwen_bridge.shape import PUBLISHED, ModelShape, VisionShape
@@ -63,6 +64,7 @@ def random_model(name: str, *, device: str, dtype: torch.dtype, seed: int) -> Lo
     processor = Qwen2VLImageProcessorPil.from_pretrained(
         TINY_QWEN, local_files_only=True, min_pixels=28**2, max_pixels=1 << 30
     )
+    set_for_scoring(device)
     torch.manual_seed(seed)
     with torch.device(device):
         model = Qwen2_5_VLForConditionalGeneration._from_config(

@@ -6,7 +6,6 @@ once, no gradients, no copies without need.
 """
 
 import torch
-from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from qwen_bridge.scorer import BranchScores, PromptRequest, ReferenceScorer
 from qwen_bridge.trie_scorer import Row, TrieScorer, inputs_of
@@ -63,14 +62,17 @@ class BatchedNaiveScorer(NaiveScorer):
 
 
 class CachedVisionScorer(NaiveScorer):
-    """The naive loop with the vision tower's features kept, as the model itself allows."""
+    """The naive loop with the vision tower's features kept, put where the model would put them."""
 
     def _inputs(self, request: PromptRequest, form) -> dict:
         inputs = super()._inputs(request, form)
         del inputs["pixel_values"]
+        ids = inputs["input_ids"]
         features = [segment.image for segment in request.segments if segment.image is not None]
-        kept = BaseModelOutputWithPooling(pooler_output=features)
-        return {**inputs, "mm_encoder_outputs": {"image": kept}}
+        image_tokens = (ids == self.factory.builder.image_token)[..., None]
+        embeds = self.model.get_input_embeddings()(ids)
+        # The ids stay beside the embeddings: it is from them that the model counts its positions.
+        return {**inputs, "inputs_embeds": embeds.masked_scatter(image_tokens, torch.cat(features))}
 
 
 class BranchScorer(TrieScorer):

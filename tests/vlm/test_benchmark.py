@@ -32,6 +32,10 @@ SMALL = {
     "pool_size": 3,
     "seed": 0,
 }
+# What transformers 5.10 knows; the model swallows any other name without a word.
+INPUTS_OF_EVERY_VERSION = set(
+    "input_ids attention_mask mm_token_type_ids image_grid_thw inputs_embeds use_cache".split()
+)
 FLAGS = [f"--{name}={value}" for name, value in {**SMALL, "image_size": 28}.items()]
 
 
@@ -100,6 +104,20 @@ def test_every_rung_agrees_with_the_reference(race, found):
     slow = ReferenceScorer(*race.workload.parts)
     reference = slow.score(naive.prompts.queries, naive.prompts.pointers)
     np.testing.assert_allclose(naive.score().answer_log_probs, reference.answer_log_probs, 1e-6)
+
+
+def test_kept_pictures_need_no_argument_that_some_versions_ignore(race, monkeypatch):
+    model, naive = race.workload.loaded.model, race.rungs["naive"]
+    expected = naive.score().answer_log_probs
+    forward = model.forward
+
+    def strict(**inputs):
+        assert set(inputs) <= INPUTS_OF_EVERY_VERSION
+        return forward(**inputs)
+
+    monkeypatch.setattr(model, "forward", strict)
+    kept = race.rungs["vision_cache"].score().answer_log_probs
+    np.testing.assert_allclose(kept, expected, 1e-5, 1e-5)
 
 
 def test_prompts_hold_the_work_that_is_asked_for(race):
