@@ -24,7 +24,7 @@ from qwen_bridge.errors import InputError
 from qwen_bridge.hub import resolve_model
 from qwen_bridge.prompts import PromptError
 from qwen_bridge.vqa.examples import Dataset, Example
-from qwen_bridge.vqa.images import ImageFolders, MissingImageError
+from qwen_bridge.vqa.images import ImageFolders, MissingImageError, upright_rgb
 from qwen_bridge.vqa.sources import open_dataset
 
 _RUN_FILE = "run.json"  # also named in lever_jax.demonstrations, which this half cannot import
@@ -118,7 +118,9 @@ class RunEncoder:
 
         Returns:
           `Q` image keys and float32 `[Q, D]` embeddings. A picture that a demonstration shows, by
-          its content, has that demonstration's key, so that it never demonstrates itself.
+          its content, has that demonstration's key, so that it never demonstrates itself; where
+          the demonstrations' pictures are files, a PIL image is known by the file it was opened
+          from.
 
         Raises:
           InputError: an image cannot be read, or a text holds a special token.
@@ -156,8 +158,7 @@ class RunEncoder:
             known, _ = self._keys.of(self._dataset, shown)
             self._bank_keys = {content: key for key, content in known.items()}
         if isinstance(image, Image.Image):
-            picture = image.convert("RGB")
-            content = pixels_key(picture)
+            picture, path = upright_rgb(image), pathlib.Path(getattr(image, "filename", ""))
         else:
             path = pathlib.Path(image)
             folders = ImageFolders({_NEW: path.parent}, "the path given")
@@ -165,10 +166,10 @@ class RunEncoder:
                 picture = folders(f"{_NEW}/{path.name}")
             except MissingImageError:
                 raise InputError(f"{path}: no such image") from None
-            if isinstance(self._dataset.load_image, ImageFolders):
-                content = self._keys.of_file(path)
-            else:
-                content = pixels_key(picture)
+        if isinstance(self._dataset.load_image, ImageFolders) and path.is_file():
+            content = self._keys.of_file(path)
+        else:
+            content = pixels_key(picture)
         key = self._bank_keys.get(content, f"{_NEW}/{content.hex()}")
         self._pictures[key] = picture
         return key

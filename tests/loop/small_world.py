@@ -1,5 +1,7 @@
 """A small world of the policy half: random embeddings, a store, and the fake VLM."""
 
+import dataclasses
+
 import jax
 import numpy as np
 from fake import FakeEnvironment
@@ -33,7 +35,9 @@ class World:
         self.store = Store.open(folder / f"{name}.sqlite", {"model": "fake"})
         self.service = ScoringService(self.store, self.environment, no_bar)
         examples = Embedded(ids, tuple(f"q{i}" for i in ids), embeddings)
-        self.queries = pool_queries(examples, self.bank, PARTS, PoolConfig(size=pool), self.store)
+        queries = pool_queries(examples, self.bank, PARTS, PoolConfig(size=pool), self.store)
+        table = jax.tree.map(jax.numpy.asarray, queries.table)
+        self.queries = dataclasses.replace(queries, table=table)
         self.init, self.policy = make_selector(SelectorConfig(width=16, **options), PARTS, 14)
         self.params = jax.jit(self.init)(jax.random.key(0))  # one compilation, not hundreds
         self.proposer = Proposer(self.policy, self.queries.table, batch=8)

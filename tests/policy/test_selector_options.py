@@ -285,7 +285,7 @@ def test_dropout_only_with_a_key(parts, batch):
         ({"history": "lstm"}, "history=lstm is not one of none, gate, gru, attention"),
         ({"pointer_score": "cosine"}, "pointer_score=cosine is not one of dot, bilinear, additive"),
         ({"dropout": 1.0}, "dropout=1.0; give 0 or more and less than 1"),
-        ({"dropout": 0.1, "layers": 0}, "of the set encoder, which layers=0 leaves out"),
+        ({"dropout": 0.1, "layers": 0}, "of the set encoder, which --layers=0 leaves out"),
     ],
 )
 def test_options_that_cannot_be_built(change, message):

@@ -5,7 +5,7 @@ import re
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import ExifTags, Image
 from worker_settings import SETTINGS
 
 from qwen_bridge.encoding import RunEncoder
@@ -65,3 +65,21 @@ def test_a_new_query_with_a_broken_image_is_an_error(run):
             encoder.queries([folder / "bank1.png", image], ["What is it?", "What is it?"])
     keys, rows = encoder.queries([folder / "bank1.png"], ["What is it?"])
     assert (keys, rows.shape[0], np.isfinite(rows).all()) == (["bank/bank1.png"], 1, True)
+
+
+def test_an_opened_picture_is_what_its_path_is(run):
+    folder = run(max_bad_images=0.1)
+    encoder = RunEncoder.open(folder, "cpu")
+    clear = Image.new("RGBA", (56, 28), (200, 0, 0, 0))
+    clear.paste((0, 0, 0, 255), (0, 0, 20, 20))
+    clear.save(folder / "clear.png")
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = 6
+    Image.open(folder / "bank1.png").resize((56, 28)).save(folder / "turned.jpg", exif=exif)
+    paths = [folder / name for name in ("bank1.png", "clear.png", "turned.jpg")]
+    questions = ["What is it?"] * len(paths)
+    keys, rows = encoder.queries(paths, questions)
+    assert keys[0] == "bank/bank1.png"
+    opened_keys, opened = encoder.queries([Image.open(path) for path in paths], questions)
+    assert opened_keys == keys
+    np.testing.assert_array_equal(opened, rows)
