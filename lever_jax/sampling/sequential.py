@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from lever_jax.actions import action_noise, as_pointers, can_point, first_actions, remaining
+from lever_jax.masking import first_largest
 from lever_jax.policy import Encoding, Params, Policy
 from lever_jax.sampling.rollouts import as_rollouts
 from lever_jax.types import Rollouts
@@ -51,7 +52,7 @@ def draw_sequentially(
     def pick(noise, state, available):
         log_probs = behaviour(policy.logits(params, encoding, state), available)
         # Never a masked one while another is left: no noise is as large as `MASKED` is low.
-        action = jnp.argmax(log_probs + noise).astype(jnp.int32)
+        action = first_largest(log_probs + noise)
         return action, log_probs[action]
 
     def one_pointer(key):

@@ -91,3 +91,14 @@ def test_remove():
     np.testing.assert_array_equal(masking.remove(mask, jnp.int32(2)), [True, False, False])
     for outside in (-1, 3):
         np.testing.assert_array_equal(masking.remove(mask, jnp.int32(outside)), mask)
+
+
+@pytest.mark.parametrize("shape", [(1,), (5,), (64, 33), (3, 4, 2)])
+def test_the_first_of_the_largest_is_numpys(shape):
+    rng = np.random.default_rng()
+    ties = rng.integers(0, 4, shape).astype(np.float32)
+    for scores in (ties, rng.normal(size=shape).astype(np.float32), np.full(shape, -np.inf)):
+        got = jax.jit(masking.first_largest)(scores)
+        np.testing.assert_array_equal(got, np.argmax(scores, axis=-1))
+        assert got.dtype == jnp.int32
+    assert 0 <= masking.first_largest(jnp.full(3, jnp.nan)) < 3  # never outside
