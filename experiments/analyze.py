@@ -49,6 +49,8 @@ def main():
             raise InputError(
                 "--ceiling_queries asks a VLM, which --rl_json has not; give a workdir"
             )
+        if not pathlib.Path(RL_JSON.value).is_file():
+            raise InputError(f"--rl_json={RL_JSON.value} is not a file; name the file to analyze")
         configs.check(scoring=False)
         stage(f"analyze {RL_JSON.value}")
         result = analyze_file(RL_JSON.value, POINTERS_ARE.value)

@@ -48,7 +48,7 @@ def check(*, scoring: bool = True) -> None:
     ):
         make()
     if scoring:
-        _check_model()
+        _check_data()
     _check_numbers()
     _check_stop()
     if settings.DRAWS.value != "iid" and settings.VERIFY.value != "all":
@@ -142,7 +142,6 @@ def evaluated_decodings() -> tuple[str, ...]:
 def dataset_settings() -> dict:
     """What `open_dataset` takes, for driver and workers alike."""
     if settings.DATASET.value == "digits":
-        _check_no_files()
         return {
             "kind": "digits",
             "seed": settings.WORLD_SEED.value,
@@ -177,24 +176,27 @@ def model() -> str:
     return "" if settings.MODEL.value == EMBEDDED else settings.MODEL.value
 
 
-def _check_model() -> None:
-    """Refuses to show the embedded VLM other pictures than its own, unless it is asked for."""
+def _check_data() -> None:
+    """Refuses data flags that a new run would pass over, and photographs for the embedded VLM.
+
+    A workdir with a run in it has settled both.
+    """
+    if (pathlib.Path(settings.WORKDIR.value) / "flags.txt").exists():
+        return
     data = settings.DATASET.value
     if not settings.MODEL.value and data != "digits":
         raise InputError(
             f"--dataset={data} needs --model: a Qwen2.5-VL folder or hub id (--model=embedded is "
             "the small one that comes with the project and has seen digits only)"
         )
-
-
-def _check_no_files() -> None:
-    """Refuses files of data beside --dataset=digits: the run would not read them."""
+    if data != "digits":
+        return
     formats = {"jsonl": "jsonl", "questions": "official", "annotations": "official"}
     for split, (what, kind) in itertools.product(("bank", "query"), formats.items()):
         if settings.FLAGS[f"{split}_{what}"].value:
             raise InputError(
                 f"--{split}_{what} is given, but --dataset=digits has data of its own; add "
-                f"--dataset={kind}"
+                f"--dataset={kind}, or --{split}_{what}= to do without it"
             )
 
 
@@ -253,12 +255,13 @@ def engine() -> Engine:
         rays = (settings.GPUS_PER_WORKER, settings.RAY_ADDRESS)
         if any(flag.value != flag.default for flag in rays):
             raise InputError("--ray_address and --gpus_per_worker need --engine=ray")
+        workers = fixed_workers()
         if workers != 1 and device not in ("cpu", "auto", "cuda"):
             raise InputError(
                 f"--device={device} puts all --workers={workers} on one GPU; --device=cuda deals "
                 "them to all, and CUDA_VISIBLE_DEVICES says which there are"
             )
-        return LocalEngine(fixed_workers(), threads)
+        return LocalEngine(workers, threads)
     if re.fullmatch(r"cuda:\d+", device):
         raise InputError(f"--device={device}: Ray deals the GPUs; use --device=cuda or auto")
     if device == "cpu":

@@ -60,6 +60,8 @@ def planned_data(*, look: bool = True) -> PlannedData:
     path = pathlib.Path(settings.FLAGS[_FILES[kind]].value)
     if path.is_file() and (look or not settings.PLAN_BANK.value):
         bank, images = _count(kind, path)
+        if settings.PLAN_BANK.value not in (None, bank):
+            assumptions.append(f"a bank of {bank:,}, counted in {path}, not --plan_bank's number")
     elif settings.PLAN_BANK.value:
         bank, images = settings.PLAN_BANK.value, settings.PLAN_BANK_IMAGES.value
         images = min(images or bank, bank)

@@ -2,9 +2,9 @@
 
 Williams, Waterman & Patterson, Roofline, 2009: no program is faster than its arithmetic at the
 machine's rate, nor than what it must read and write at the memory's. Counted are the products of
-matrices, which no library saves, and the arguments and results, each moved once. So the share of
-the roofline that a program reaches is never overstated, and what a rival needs at present,
-divided by the least time, is the most that any program could win against it.
+matrices, which no library saves, and the arguments and results, each moved once. What a rival
+needs at present, divided by the least time, is the most that any program with these products could
+win against it.
 """
 
 import math

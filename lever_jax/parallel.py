@@ -70,10 +70,16 @@ def check_room(tables: Sequence[Any], devices: Sequence[jax.Device]) -> None:
             raise InputError(
                 f"the pools' embeddings take {size / 1e9:.1f} GB on {device}, of which JAX may use "
                 f"{limit / 1e9:.1f} GB; lower --pool_size, --num_queries or --num_eval, or give "
-                "JAX more than XLA_PYTHON_CLIENT_MEM_FRACTION="
-                f"{os.environ.get('XLA_PYTHON_CLIENT_MEM_FRACTION', '0.75')} of it (an "
-                "environment variable) and the VLM less (--cache_mib)"
+                f"JAX more than {_share_of_memory()} of it (an environment variable) and the VLM "
+                "less (--cache_mib)"
             )
+
+
+def _share_of_memory() -> str:
+    """The environment variable that says what JAX may use, and its value; never both names."""
+    names = ("XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION")
+    name = next((each for each in names if each in os.environ), names[1])
+    return f"{name}={os.environ.get(name, '0.75')}"
 
 
 def shardings(mesh: Mesh | None, arguments: str, results: str) -> dict[str, Any]:

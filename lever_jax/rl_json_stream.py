@@ -29,7 +29,7 @@ def read_entries(path: str | Path) -> Iterator[tuple[str, object]]:
         with open(path, encoding="utf-8-sig") as file:
             yield from _Entries(file, path)
     except OSError as error:
-        raise InputError(f"--rl_json={path} cannot be read: {error.strerror or error}") from error
+        raise InputError(f"cannot read {path}: {error.strerror or error}") from error
     except UnicodeDecodeError as error:
         raise InputError(f"{path} is not UTF-8 text: {error}") from error
 

@@ -15,7 +15,7 @@ import pathlib
 from collections.abc import Sequence
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageFile
 
 from qwen_bridge import workers
 from qwen_bridge.contents import ImageKeys, pixels_key
@@ -24,7 +24,7 @@ from qwen_bridge.errors import InputError
 from qwen_bridge.hub import resolve_model
 from qwen_bridge.prompts import PromptError
 from qwen_bridge.vqa.examples import Dataset, Example
-from qwen_bridge.vqa.images import ImageFolders, MissingImageError, upright_rgb
+from qwen_bridge.vqa.images import ImageFolders, MissingImageError, rgb_on_white, upright_rgb
 from qwen_bridge.vqa.sources import open_dataset
 
 _RUN_FILE = "run.json"  # also named in lever_jax.demonstrations, which this half cannot import
@@ -120,7 +120,8 @@ class RunEncoder:
           `Q` image keys and float32 `[Q, D]` embeddings. A picture that a demonstration shows, by
           its content, has that demonstration's key, so that it never demonstrates itself; where
           the demonstrations' pictures are files, a PIL image is known by the file it was opened
-          from.
+          from, if it still is what the file shows. PIL images that were not just opened are taken
+          to be upright.
 
         Raises:
           InputError: an image cannot be read, or a text holds a special token.
@@ -158,21 +159,30 @@ class RunEncoder:
             known, _ = self._keys.of(self._dataset, shown)
             self._bank_keys = {content: key for key, content in known.items()}
         if isinstance(image, Image.Image):
-            picture, path = upright_rgb(image), pathlib.Path(getattr(image, "filename", ""))
+            # What was made of an opened file is upright already, and may still have its EXIF.
+            opened = isinstance(image, ImageFile.ImageFile)
+            picture = upright_rgb(image) if opened else rgb_on_white(image)
+            path = pathlib.Path(os.fsdecode(image.filename) if opened else "")
+            is_file = path.is_file() and pixels_key(_read(path)) == pixels_key(picture)
         else:
-            path = pathlib.Path(image)
-            folders = ImageFolders({_NEW: path.parent}, "the path given")
-            try:
-                picture = folders(f"{_NEW}/{path.name}")
-            except MissingImageError:
-                raise InputError(f"{path}: no such image") from None
-        if isinstance(self._dataset.load_image, ImageFolders) and path.is_file():
+            path, is_file = pathlib.Path(image), True
+            picture = _read(path)
+        if is_file and isinstance(self._dataset.load_image, ImageFolders):
             content = self._keys.of_file(path)
         else:
             content = pixels_key(picture)
         key = self._bank_keys.get(content, f"{_NEW}/{content.hex()}")
         self._pictures[key] = picture
         return key
+
+
+def _read(path: pathlib.Path) -> Image.Image:
+    """The picture of a file, by the rules of a data set's."""
+    folders = ImageFolders({_NEW: path.parent}, "the path given")
+    try:
+        return folders(f"{_NEW}/{path.name}")
+    except MissingImageError:
+        raise InputError(f"{path}: no such image") from None
 
 
 @contextlib.contextmanager

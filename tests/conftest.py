@@ -32,8 +32,8 @@ def _known_to_xla(flag: str) -> bool:
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 # All tests are of the CPU, where figures are exact, also on a machine with GPUs.
-os.environ.setdefault("JAX_PLATFORMS", "cpu")
-os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
+os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 # Before anything imports jax; the processes that tests start inherit it. Tests that hold what is
 # compiled for users against a reference set XLA_FLAGS to nothing.

@@ -124,8 +124,11 @@ def upright_rgb(image: Image.Image) -> Image.Image:
     Turned as its EXIF orientation says, whatever is transparent on white, in RGB.
     """
     turn = _TURNS.get(image.getexif().get(ExifTags.Base.Orientation))
-    if turn is not None:
-        image = image.transpose(turn)
+    return rgb_on_white(image if turn is None else image.transpose(turn))
+
+
+def rgb_on_white(image: Image.Image) -> Image.Image:
+    """The picture in RGB, whatever is transparent on white."""
     if image.has_transparency_data:
         white = Image.new("RGBA", image.size, "white")
         image = Image.alpha_composite(white, image.convert("RGBA"))

@@ -65,7 +65,7 @@ def test_a_run_is_analyzed_again_and_another_file_without_a_run(trained, tmp_pat
     assert json.loads((tmp_path / "analysis.json").read_text()) == before
     for flags, words in (
         ([f"--workdir={tmp_path}"], "holds no run"),
-        (["--rl_json=/no/such.json"], "--rl_json=/no/such.json cannot be read"),
+        (["--rl_json=/no/such.json"], "--rl_json=/no/such.json is not a file"),
         (["--rl_json=x.json", "--ceiling_queries=5"], "--ceiling_queries asks a VLM"),
     ):
         bad = run("analyze", *flags)

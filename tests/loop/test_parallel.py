@@ -70,14 +70,20 @@ def test_a_table_lies_on_a_device_once():
     assert used_devices(None) == jax.local_devices()[:1]
 
 
-def test_tables_that_do_not_fit_are_refused_before_they_are_sent():
+def test_tables_that_do_not_fit_are_refused_before_they_are_sent(monkeypatch):
+    monkeypatch.delenv("XLA_CLIENT_MEM_FRACTION", raising=False)
+    monkeypatch.setenv("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.3")
     table = {"bank": np.zeros((100, 2), np.float32), "rows": np.zeros(50, np.int32)}  # 1,000 bytes
     small, large, silent = (
         types.SimpleNamespace(memory_stats=lambda limit=limit: limit and {"bytes_limit": limit})
         for limit in (2400, 2600, None)
     )
     check_room([table, table], [large, silent])
-    with pytest.raises(InputError, match=r"0\.0 GB .* lower --pool_size.*_MEM_FRACTION"):
+    message = r"0\.0 GB .* lower --pool_size.* more than {} of it"
+    with pytest.raises(InputError, match=message.format("XLA_PYTHON_CLIENT_MEM_FRACTION=0.3")):
+        check_room([table, table], [large, small])
+    monkeypatch.setenv("XLA_CLIENT_MEM_FRACTION", "0.1")  # both names must never be set
+    with pytest.raises(InputError, match=message.format("XLA_CLIENT_MEM_FRACTION=0.1")):
         check_room([table, table], [large, small])
 
 

@@ -182,6 +182,7 @@ def test_jsonl_is_counted(tmp_path):
     flags.FLAGS(["train", "--dataset=jsonl", f"--bank_jsonl={file}", "--plan_bank=900"])
     data = planned_data()  # --plan_bank is for a file that is not there
     assert (data.bank, data.bank_images, data.image_sizes) == (2, 1, ((50, 40),))
+    assert "a bank of 2, counted in" in data.assumptions[0]
     assert sample_sizes(tmp_path / "nothing") == ()
 
 
@@ -215,3 +216,15 @@ def test_hours_in_words():
     assert [hours(h) for h in (123.4, 9.94, 0.1, 0.05, 0.001)] == [
         "123 h", "9.9 h", "0.1 h", "3.0 min", "4 s",
     ]  # fmt: skip
+
+
+def test_a_run_that_is_there_has_settled_its_data_and_model(tmp_path):
+    """So that runs which are older than these checks can be evaluated and resumed."""
+    flags.FLAGS(
+        ["train", "--dataset=jsonl", "--bank_jsonl=b", "--query_jsonl=q", f"--workdir={tmp_path}"]
+    )
+    with pytest.raises(PolicyError, match="--dataset=jsonl needs --model"):
+        configs.check()
+    configs.check(scoring=False)
+    (tmp_path / "flags.txt").touch()
+    configs.check()

@@ -493,7 +493,7 @@ def test_broken_files_are_refused_with_the_place(tmp_path, text, message):
 
 
 def test_missing_and_binary_files(tmp_path):
-    with pytest.raises(InputError, match=r"--rl_json=.*none.json cannot be read"):
+    with pytest.raises(InputError, match=r"cannot read .*none.json"):
         read(tmp_path / "none.json")
     (tmp_path / "binary.json").write_bytes(b'{"\xff')
     with pytest.raises(InputError, match="is not UTF-8"):

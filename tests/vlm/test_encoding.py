@@ -83,3 +83,21 @@ def test_an_opened_picture_is_what_its_path_is(run):
     opened_keys, opened = encoder.queries([Image.open(path) for path in paths], questions)
     assert opened_keys == keys
     np.testing.assert_array_equal(opened, rows)
+
+
+def test_what_was_made_of_an_opened_picture_is_a_picture_of_its_own(run):
+    folder = run(max_bad_images=0.1)
+    encoder = RunEncoder.open(folder, "cpu")
+    plain, edited = (Image.open(folder / "bank1.png") for _ in range(2))
+    edited.paste((9, 9, 9), (0, 0, 9, 9))
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = 6
+    plain.resize((56, 28)).save(folder / "turned.jpg", exif=exif)
+    by_hand = Image.open(folder / "turned.jpg").transpose(Image.Transpose.ROTATE_270)
+    assert by_hand.getexif()  # which must not turn it again
+    pictures = [plain, edited, by_hand, folder / "turned.jpg"]
+    keys, rows = encoder.queries(pictures, ["What is it?"] * 4)
+    assert keys[0] == "bank/bank1.png"
+    assert len(set(keys)) == 4  # a file and a picture made of it are not known for the same
+    assert np.abs(rows[0] - rows[1]).max() > 0
+    np.testing.assert_array_equal(rows[2], rows[3])
