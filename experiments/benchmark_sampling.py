@@ -17,18 +17,9 @@ import itertools
 
 from absl import flags
 
-from experiments import cli
+from experiments import cli, side_by_side
 from experiments.output import check_out, write_out
-from experiments.progress import CONSOLE, note
-from experiments.side_by_side import (
-    machine,
-    no_compiler,
-    numbers,
-    one_device,
-    ratio,
-    timed,
-    warm_up,
-)
+from experiments.progress import CONSOLE
 from lever_jax.errors import InputError
 
 _B = flags.DEFINE_list("B", ["64"], "Queries of a batch.")
@@ -59,19 +50,17 @@ def main() -> None:
     check_out(_PLOT.value, "plot")
     if _PLOT.value and not importlib.util.find_spec("matplotlib"):
         raise InputError("--plot needs matplotlib; pip install 'lever[benchmark]'")
-    device = one_device()
+    device = side_by_side.one_device()
     from experiments import roofline, sampling_cell
 
-    grid = [numbers(flag) for flag in (_B, _K, _S, _G)]
+    grid = [side_by_side.numbers(flag) for flag in (_B, _K, _S, _G)]
     methods = _METHODS.value
     for method in methods:
         if method not in sampling_cell.METHODS:
             raise InputError(
                 f"--methods: {method!r} is not one of {', '.join(sampling_cell.METHODS)}"
             )
-    missing = no_compiler() if _COMPILED.value else None
-    if missing:
-        note(f"without the compiled version: {missing}")
+    missing = side_by_side.without_compiler(_COMPILED.value)
     compiled = _COMPILED.value and not missing
     models = sampling_cell.Models(_DIM.value, _WIDTH.value, _LAYERS.value, _HEADS.value, device)
     cells, worst = [], 0.0
@@ -81,19 +70,16 @@ def main() -> None:
         cell = sampling_cell.Cell(models, method, batch, pool, shots, num)
         worst = max(worst, cell.difference())
         competitors = cell.competitors(_LOOP_QUERIES.value, compiled)
-        warm_up(competitors, device)
+        side_by_side.warm_up(competitors, device)
         label = f"{method} B={batch} K={pool} S={shots} G={num}"
-        seconds = timed(competitors, _ROUNDS.value, label)
+        seconds = side_by_side.timed(competitors, _ROUNDS.value, label)
         if "loop" in seconds:
             seconds["loop"] = seconds["loop"] * (batch / min(batch, _LOOP_QUERIES.value))
-        bounds = roofline.measure(device)
-        work = cell.work()
-        least = work and work.least_seconds(bounds)
-        cells.append(_cell(method, batch, pool, shots, num, seconds, least))
-        cells[-1]["machine"] = bounds._asdict()
+        bounds = roofline.figures(cell.work(), device, seconds["ours"])
+        cells.append({**_cell(method, batch, pool, shots, num, seconds), **bounds})
         _show(cells[-1])
     document = {
-        **machine(device),
+        **side_by_side.machine(device),
         "config": {
             name: flag.value
             for name, flag in {
@@ -114,13 +100,10 @@ def main() -> None:
         _plot(cells, _PLOT.value)
 
 
-def _cell(method, batch, pool, shots, num, seconds, least) -> dict:
-    """One entry of `cells`; a ratio above 1 says how many times faster ours is.
-
-    `least` are the seconds that no program can do without, None where nothing is computed.
-    """
+def _cell(method, batch, pool, shots, num, seconds) -> dict:
+    """One entry of `cells`; a ratio above 1 says how many times faster ours is."""
     rates = {name: batch * num / values for name, values in seconds.items()}
-    against = functools.partial(ratio, fast=seconds["ours"])
+    against = functools.partial(side_by_side.ratio, fast=seconds["ours"])
     names = {
         "loop": "loop",
         "batched_eager": "eager",
@@ -130,7 +113,7 @@ def _cell(method, batch, pool, shots, num, seconds, least) -> dict:
         f"ratio_{name}": against(seconds[key]) if key in seconds else None
         for name, key in names.items()
     }
-    spread = ratio(rates["ours"], 1.0)
+    spread = side_by_side.ratio(rates["ours"], 1.0)
     return {
         "method": method,
         "B": batch,
@@ -144,8 +127,6 @@ def _cell(method, batch, pool, shots, num, seconds, least) -> dict:
         "ratio_min_max": {
             name: value and [value["min"], value["max"]] for name, value in summary.items()
         },
-        "least_seconds": least,
-        "share_of_roofline": least and ratio(least, seconds["ours"])["median"],
         "seconds": {name: values.tolist() for name, values in seconds.items()},
     }
 

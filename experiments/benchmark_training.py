@@ -13,20 +13,9 @@ import itertools
 
 from absl import flags
 
-from experiments import cli
+from experiments import cli, side_by_side
 from experiments.output import check_out, write_out
-from experiments.progress import CONSOLE, note
-from experiments.side_by_side import (
-    compile_options,
-    finished,
-    machine,
-    no_compiler,
-    numbers,
-    one_device,
-    ratio,
-    timed,
-    warm_up,
-)
+from experiments.progress import CONSOLE
 from lever_jax.errors import InputError
 
 _B = flags.DEFINE_list("B", ["50"], "Query groups of a step.")
@@ -52,28 +41,28 @@ RATE = 1e-3
 def main() -> None:
     """Checks, times, prints and writes."""
     check_out(_OUT.value)
-    device = one_device()
+    device = side_by_side.one_device()
     from experiments import roofline
 
-    missing = no_compiler() if _COMPILED.value else None
-    if missing:
-        note(f"without the compiled version: {missing}")
+    missing = side_by_side.without_compiler(_COMPILED.value)
     compiled = _COMPILED.value and not missing
     cells, exactness = [], dict.fromkeys(_EXACTNESS, 0.0)
-    for batch, pool, shots, group in itertools.product(*map(numbers, (_B, _K, _S, _G))):
+    for batch, pool, shots, group in itertools.product(
+        *map(side_by_side.numbers, (_B, _K, _S, _G))
+    ):
         if shots > pool:
             raise InputError(f"--S={shots} exceeds --K={pool}; lower it")
         competitors, apart, work = _competitors(batch, pool, shots, group, compiled, device)
         exactness = {name: max(exactness[name], apart[name]) for name in exactness}
-        warm_up(competitors, device)
-        seconds = timed(competitors, _ROUNDS.value, f"B={batch} K={pool} S={shots} G={group}")
+        side_by_side.warm_up(competitors, device)
+        seconds = side_by_side.timed(
+            competitors, _ROUNDS.value, f"B={batch} K={pool} S={shots} G={group}"
+        )
         sizes = {"B": batch, "K": pool, "S": shots, "G": group}
-        bounds = roofline.measure(device)
-        cells.append(_cell(sizes, seconds, work.least_seconds(bounds)))
-        cells[-1]["machine"] = bounds._asdict()
+        cells.append(_cell(sizes, seconds, roofline.figures(work, device, seconds["ours"])))
         _show(cells[-1])
     document = {
-        **machine(device),
+        **side_by_side.machine(device),
         "config": {f.name: f.value for f in (_DIM, _WIDTH, _LAYERS, _HEADS, _ROUNDS)},
         "compiled_left_out": missing,
         "exactness": exactness,
@@ -82,27 +71,26 @@ def main() -> None:
     write_out(_OUT.value, document)
 
 
-def _cell(sizes, seconds, least) -> dict:
+def _cell(sizes, seconds, bounds) -> dict:
     """One entry of `cells`; a ratio above 1 says how many times faster ours is.
 
-    `least` are the seconds that no program can do without, so `limit` is the ratio of the fastest.
+    `limit` is that of the fastest program that there could be.
     """
     ours, rivals = seconds["ours"], ("eager", "compiled")
     return {
         **sizes,
-        "steps_per_s": ratio(1.0, ours)["median"],
-        "groups_per_s": ratio(sizes["B"], ours)["median"],
+        "steps_per_s": side_by_side.ratio(1.0, ours)["median"],
+        "groups_per_s": side_by_side.ratio(sizes["B"], ours)["median"],
         **{
             f"ratio_{name}": {
-                **ratio(seconds[name], ours),
-                "limit": ratio(seconds[name], least)["median"],
+                **side_by_side.ratio(seconds[name], ours),
+                "limit": side_by_side.ratio(seconds[name], bounds["least_seconds"])["median"],
             }
             if name in seconds
             else None
             for name in rivals
         },
-        "least_seconds": least,
-        "share_of_roofline": ratio(least, ours)["median"],
+        **bounds,
         "seconds": {name: values.tolist() for name, values in seconds.items()},
     }
 
@@ -178,7 +166,7 @@ def _competitors(batch: int, pool: int, shots: int, group: int, compiled: bool, 
         model = copy.deepcopy(models.torch).train()
         adamw = torch.optim.AdamW(model.parameters(), RATE, weight_decay=1e-4, foreach=True)
         step = grpo_step(model, models.torch, adamw, config, options)
-        return model, finished(lambda: float(step(*batch_of_torch)), device)
+        return model, side_by_side.finished(lambda: float(step(*batch_of_torch)), device)
 
     model, eager = theirs(None)
     apart = [abs(ours() - eager()) for _ in range(3)]
@@ -194,7 +182,7 @@ def _competitors(batch: int, pool: int, shots: int, group: int, compiled: bool, 
     competitors = {"ours": ours, "eager": eager}
     if compiled:
         torch.compiler.reset()
-        competitors["compiled"] = theirs(compile_options(device))[1]
+        competitors["compiled"] = theirs(side_by_side.compile_options(device))[1]
     return competitors, dict(zip(_EXACTNESS, (apart[0], max(apart), worst))), work
 
 

@@ -4,7 +4,6 @@ import itertools
 import math
 import os
 import pathlib
-import re
 
 from experiments import settings
 from lever_jax import decoding
@@ -256,13 +255,13 @@ def engine() -> Engine:
         if any(flag.value != flag.default for flag in rays):
             raise InputError("--ray_address and --gpus_per_worker need --engine=ray")
         workers = fixed_workers()
-        if workers != 1 and device not in ("cpu", "auto", "cuda"):
+        if workers != 1 and device.startswith("cuda:"):
             raise InputError(
                 f"--device={device} puts all --workers={workers} on one GPU; --device=cuda deals "
                 "them to all, and CUDA_VISIBLE_DEVICES says which there are"
             )
         return LocalEngine(workers, threads)
-    if re.fullmatch(r"cuda:\d+", device):
+    if device.startswith("cuda:"):
         raise InputError(f"--device={device}: Ray deals the GPUs; use --device=cuda or auto")
     if device == "cpu":
         if gpus:

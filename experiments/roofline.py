@@ -12,6 +12,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
+import numpy as np
 import torch
 
 from lever_jax.errors import InputError
@@ -42,6 +43,24 @@ class Work(NamedTuple):
     def least_seconds(self, machine: Machine) -> float:
         """max(FLOPs / FLOP rate, bytes / bandwidth)."""
         return max(self.flops / machine.flops, self.bytes / machine.bandwidth)
+
+
+def figures(work: Work | None, device: torch.device, seconds: np.ndarray) -> dict[str, object]:
+    """What a benchmark says of a cell; the device is measured now, as fast as it is at present.
+
+    Args:
+      work: of the cell; None where nothing bounds it, and the figures are None.
+      device: that did it.
+      seconds: [rounds] that ours took.
+
+    Returns:
+      `machine`, its rates; `least_seconds`, that no program can do without; `share_of_roofline`,
+      the median over rounds of the least seconds by ours.
+    """
+    machine = measure(device)
+    least = work and work.least_seconds(machine)
+    share = least and float(np.median(least / seconds))
+    return {"machine": machine._asdict(), "least_seconds": least, "share_of_roofline": share}
 
 
 def measure(device: torch.device) -> Machine:

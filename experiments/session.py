@@ -1,5 +1,6 @@
 """Opens a run: dataset, workers, store, embeddings, pools and the selector, in that order."""
 
+import collections
 import contextlib
 import dataclasses
 import functools
@@ -156,9 +157,10 @@ def open_session(workdir: pathlib.Path) -> Iterator[Session]:
 
 
 def _places(devices: list[str]) -> str:
-    """`8 workers: cuda:0, bfloat16; ...`, each device once."""
-    counted = [f"{devices.count(each)} on {each}" for each in dict.fromkeys(devices)]
-    return f"{len(devices)} worker{'s' if len(devices) > 1 else ''}: {'; '.join(counted)}"
+    """How many workers are where: `3 workers on cuda:0, bfloat16 (2); cuda:1, bfloat16`."""
+    counts = collections.Counter(devices)
+    places = [each if n == 1 else f"{each} ({n})" for each, n in counts.items()]
+    return f"{len(devices)} worker{'s' if len(devices) > 1 else ''} on {'; '.join(places)}"
 
 
 def _embeddings(

@@ -16,7 +16,7 @@ import jax
 import numpy as np
 import torch
 
-from experiments.progress import bar
+from experiments.progress import bar, note
 from lever_jax.errors import InputError
 from qwen_bridge.benchmark import clock
 
@@ -74,11 +74,13 @@ def compile_options(device: torch.device) -> dict[str, object]:
     return {"dynamic": False, **mode}
 
 
-def no_compiler() -> str | None:
-    """Why torch.compile cannot work here; None where it can."""
-    if shutil.which("g++") or shutil.which("clang++"):
+def without_compiler(wanted: bool) -> str | None:
+    """Why torch.compile, which is `wanted`, cannot work here, as it also notes; None if it can."""
+    if not wanted or shutil.which("g++") or shutil.which("clang++"):
         return None
-    return "no C++ compiler (g++ or clang++) for torch.compile"
+    missing = "no C++ compiler (g++ or clang++) for torch.compile"
+    note(f"without the compiled version: {missing}")
+    return missing
 
 
 def numbers(flag) -> list[int]:

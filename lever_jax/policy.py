@@ -53,6 +53,27 @@ def step_log_probs(
     return masked_log_softmax(policy.logits(params, encoding, state), available)
 
 
+def pick_in_turn(step: Callable, carry: Any, first: Any, inputs: jax.Array) -> Any:
+    """Results of all picks, stacked: of the first, which is done, and of `step` for each input.
+
+    The second pick, too, stands outside the scan: under vmap, what can be computed from the state
+    before the first one is then computed once for all pointers.
+
+    Args:
+      step: (carry, input) -> (carry, result), as of `jax.lax.scan`.
+      carry: after the first pick.
+      first: its result, a tree.
+      inputs: [S - 1, ...] of the picks after it.
+    """
+    begun = [first]
+    if len(inputs):
+        carry, second = step(carry, inputs[0])
+        begun.append(second)
+    _, rest = jax.lax.scan(step, carry, inputs[1:])
+    begun = jax.tree.map(lambda *x: jnp.stack(x), *begun)
+    return jax.tree.map(lambda *x: jnp.concatenate(x), begun, rest)
+
+
 def pointer_log_probs(
     policy: Policy, params: Params, encoding: Encoding, mask: jax.Array, pointers: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
@@ -90,16 +111,9 @@ def pointer_log_probs(
             available = remaining(policy.stops, available, previous)
             return (state, available, action), read(state, available, action)
 
-        # The first two picks stand outside the scan: under vmap, what can be computed from the
-        # state before the first one is computed once for all pointers.
         state = policy.start(params, encoding)
-        carry, steps = (state, mask, pointer[0]), [read(state, mask, pointer[0])]
-        if len(pointer) > 1:
-            carry, second = step(carry, pointer[1])
-            steps.append(second)
-        _, rest = jax.lax.scan(step, carry, pointer[2:])
-        begun = jax.tree.map(lambda *x: jnp.stack(x), *steps)
-        picked, possible, log_probs = jax.tree.map(lambda *x: jnp.concatenate(x), begun, rest)
+        carry, first = (state, mask, pointer[0]), read(state, mask, pointer[0])
+        picked, possible, log_probs = pick_in_turn(step, carry, first, pointer[1:])
         return jnp.where(jnp.all(possible), jnp.sum(picked), MASKED), log_probs
 
     return jax.vmap(one_pointer)(pointers)

@@ -155,22 +155,20 @@ class RunEncoder:
     def _key(self, image: ImageLike) -> str:
         """Key of a new picture, which is kept until it is embedded."""
         if self._bank_keys is None:
-            shown = [example.image for example in self._dataset.bank]
-            known, _ = self._keys.of(self._dataset, shown)
+            images = [example.image for example in self._dataset.bank]
+            known, _ = self._keys.of(self._dataset, images)
             self._bank_keys = {content: key for key, content in known.items()}
+        of_files = isinstance(self._dataset.load_image, ImageFolders)
         if isinstance(image, Image.Image):
             # What was made of an opened file is upright already, and may still have its EXIF.
             opened = isinstance(image, ImageFile.ImageFile)
             picture = upright_rgb(image) if opened else rgb_on_white(image)
             path = pathlib.Path(os.fsdecode(image.filename) if opened else "")
-            is_file = path.is_file() and pixels_key(_read(path)) == pixels_key(picture)
+            shown = of_files and path.is_file() and pixels_key(_read(path)) == pixels_key(picture)
         else:
-            path, is_file = pathlib.Path(image), True
+            path, shown = pathlib.Path(image), True
             picture = _read(path)
-        if is_file and isinstance(self._dataset.load_image, ImageFolders):
-            content = self._keys.of_file(path)
-        else:
-            content = pixels_key(picture)
+        content = self._keys.of_file(path) if of_files and shown else pixels_key(picture)
         key = self._bank_keys.get(content, f"{_NEW}/{content.hex()}")
         self._pictures[key] = picture
         return key

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from lever_jax.actions import action_noise, as_pointers, can_point, first_actions, remaining
 from lever_jax.masking import first_largest
-from lever_jax.policy import Encoding, Params, Policy
+from lever_jax.policy import Encoding, Params, Policy, pick_in_turn
 from lever_jax.sampling.rollouts import as_rollouts
 from lever_jax.types import Rollouts
 
@@ -65,17 +65,9 @@ def draw_sequentially(
             action, log_prob = pick(noise, state, available)
             return (state, available, action), (action, log_prob)
 
-        # The first two picks stand outside the scan: under vmap, what can be computed from the
-        # state before the first one is computed once for all pointers.
         state = policy.start(params, encoding)
-        action, log_prob = pick(noise[0], state, mask)
-        carry, begun = (state, mask, action), [(action, log_prob)]
-        if shots > 1:
-            carry, second = step(carry, noise[1])
-            begun.append(second)
-        _, rest = jax.lax.scan(step, carry, noise[2:])
-        begun = jax.tree.map(lambda *x: jnp.stack(x), *begun)
-        actions, log_probs = jax.tree.map(lambda *x: jnp.concatenate(x), begun, rest)
+        first = pick(noise[0], state, mask)
+        actions, log_probs = pick_in_turn(step, (state, mask, first[0]), first, noise[1:])
         return actions, jnp.sum(log_probs)
 
     keys = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, jnp.arange(num))

@@ -1,14 +1,12 @@
 """The benchmark of retrieval names what ran where: a figure never mixes two devices."""
 
 import json
-import os
-import pathlib
 import subprocess
 import sys
 
 import pytest
+from main_job import ROOT
 
-ROOT = pathlib.Path(__file__).parents[2]
 SMALL = "--rows=300 --dim=8 --queries=5 --k=3 --rounds=2 --clusters=4 --threads=1".split()
 ON_GPU = "import jax; jax.default_backend = lambda: 'gpu'; "  # its products still run on the CPU
 
@@ -20,7 +18,6 @@ def test_a_gpu_is_a_competitor_of_its_own(tmp_path, patch, gpu):
     done = subprocess.run(
         [sys.executable, "-c", f"{code}benchmark_retrieval.main)", *SMALL, f"--out={out}"],
         cwd=ROOT,
-        env={**os.environ, "JAX_PLATFORMS": "cpu"},
         capture_output=True,
         text=True,
         timeout=300,

@@ -53,6 +53,7 @@ def test_the_report_and_its_figures_are_in_the_workdir(trained):
     for part in ("Verdict", "selector_grpo", "Calibration", "grpo: KL", "Gallery", "data:image/"):
         assert part in text
     assert "report.html" in printed
+    assert "VLM: embedded, 1 worker on cpu, float32\n" in printed
     rows = [row for row in metrics(workdir) if row["phase"] == "grpo"]
     assert all(0 <= row["similarity_overlap"] <= 1 for row in rows)
 
